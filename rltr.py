@@ -48,6 +48,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -157,8 +158,7 @@ def load_problems(source: str, split: str | None = None, limit: int | None = Non
     last `\\boxed{}` is taken. split None: the training split, or the only one there is; a local file
     is one split. Raises UserError naming the source and the row.
     """
-    local = Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet")
-    rows = _read_file(Path(source)) if local else _read_hub(source, split)
+    rows = _read_rows(source, split)
     require(rows, f"{source}: no rows")
     question, answer = (next((c for c in names if c in rows[0]), None) for names in (
         ("question", "problem", "prompt"), ("answer", "solution")))
@@ -174,36 +174,40 @@ def load_problems(source: str, split: str | None = None, limit: int | None = Non
     return problems
 
 
-def _read_file(path: Path) -> list[dict]:
-    require(path.is_file(), f"{path}: no such file")
+def _read_rows(source: str, split: str | None) -> list[dict]:
+    kind = Path(source).suffix
     try:
-        if path.suffix == ".parquet":
-            import datasets
-            return list(datasets.Dataset.from_parquet(str(path)))
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = (list(csv.DictReader(file)) if path.suffix == ".csv" else
-                    json.load(file) if path.suffix == ".json" else
-                    [json.loads(line) for line in file if line.strip()])
-    except ImportError:
-        raise UserError(f"{path}: pip install datasets, to read parquet files") from None
-    except Exception as error:                    # each reader has its own ways to fail: say which
-        raise UserError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
-    require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
-            f"{path}: not a list of objects")
-    return rows
-
-
-def _read_hub(source: str, split: str | None) -> list[dict]:
-    try:
+        if kind in (".jsonl", ".json", ".csv"):
+            with open(source, encoding="utf-8", newline="") as file:
+                rows = (list(csv.DictReader(file)) if kind == ".csv" else json.load(file)
+                        if kind == ".json" else [json.loads(line) for line in file if line.strip()])
+            require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
+                    f"{source}: not a list of objects")
+            return rows
+        require(kind != ".parquet" or Path(source).is_file(), f"{source}: no such file")
+        use_cache_if_offline()
         import datasets
+        if kind == ".parquet":
+            return list(datasets.Dataset.from_parquet(source))
         splits = datasets.load_dataset(*SOURCES.get(source, (source, None)))
     except ImportError:
         raise UserError(f"{source}: pip install datasets, or give a local .jsonl file") from None
-    except Exception as error:                    # unknown, private, no network, broken cache, ...
-        raise UserError(f"{source}: no such file or data set, or no network ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:            # each reader has failures of its own: say which
+        raise UserError(f"{source}: cannot be read: {error}") from None
     split = split or ("train" if "train" in splits else next(iter(splits)))
     require(split in splits, f"{source}: no split {split}; it has {', '.join(splits)}")
     return list(splits[split])
+
+
+def use_cache_if_offline():
+    """Where no hub answers, look in the local cache only, instead of retrying for minutes."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:                     # its HTTP library and so its errors differ by version
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def draw_problems(problems: list, count: int, seed: int, step: int) -> list:
@@ -291,8 +295,7 @@ class LM:
 
     def encode_text(self, text: str) -> list[int]:
         """Model-written text: a control token that is spelled out in it stays plain text."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return [i for i in ids if i not in self.tokenizer.all_special_ids]
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -305,16 +308,15 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     """A folder or hub model: bf16 on CUDA, fp32 on CPU; no remote code. UserError if unservable."""
     path = name
     if not Path(name).is_dir():
+        use_cache_if_offline()
         organisation = next((o for start, o in ORGANISATIONS.items() if name.startswith(start)), None)
         path = f"{organisation}/{name}" if organisation and "/" not in name else name
-        require(_is_reachable(path), f"model {name}: no such folder, and {path} is neither in the "
-                "local cache nor reachable on the hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16 if "cuda" in device else torch.float32).to(device).eval()
-    except Exception as error:                    # damaged, incomplete, not a language model, ...
-        raise UserError(f"model {name}: cannot be loaded: {error}") from None
+    except Exception as error:            # unknown, unreachable, damaged, not a language model, ...
+        raise UserError(f"model {name}: no such folder or hub model, or damaged: {error}") from None
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 ** 30
     lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context)
     require(lm.stop_ids, f"model {name}: no end-of-text token in its tokenizer or config")
@@ -322,16 +324,6 @@ def load_lm(name: str, device: str = "cpu") -> LM:
             f"model {name}: its tokenizer has more tokens than the model has embeddings")
     check_model(lm)
     return lm
-
-
-def _is_reachable(name: str) -> bool:
-    """In the cache or on the hub: one question with a short patience, not minutes of retries."""
-    import huggingface_hub
-    try:
-        return (isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
-                or bool(huggingface_hub.HfApi().model_info(name, timeout=5)))
-    except Exception:                             # offline, unknown, private, not a possible name
-        return False
 
 
 def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
@@ -786,16 +778,16 @@ def group_advantages(rewards, normalize_std: bool = True) -> torch.Tensor:
     advantages = rewards - rewards.mean(1, keepdim=True)
     if normalize_std:
         advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
-    return advantages.masked_fill(is_dead(rewards)[:, None], 0.0)
+    return advantages.masked_fill(rewards.max(1, True).values == rewards.min(1, True).values, 0.0)
 
 
-def is_dead(rewards: torch.Tensor) -> torch.Tensor:
-    """Groups [P, G] whose rewards are all equal, so that there is nothing to learn from: [P]."""
-    return rewards.max(1).values == rewards.min(1).values
+def grouped(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
+    return [rollouts[i:i + group] for i in range(0, len(rollouts), group)]
 
 
-def rewards_by_group(rollouts: list[Rollout], group: int) -> torch.Tensor:
-    return torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, group)    # [P, G]
+def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
+    """The groups to learn from; in the others, the dead ones, all rewards are equal."""
+    return [g for g in grouped(rollouts, group) if any(r.advantage for r in g)]
 
 
 # ========================================================================================== update
@@ -860,11 +852,10 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
 
 def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config) -> dict:
     """Step 8: one step up the token mean over all groups that are not dead; returns metrics."""
-    dead = is_dead(rewards_by_group(rollouts, config.group)).repeat_interleave(config.group)
-    live = [r for r, d in zip(rollouts, dead) if not d]
+    live = [r for group in live_groups(rollouts, config.group) for r in group]
     total = sum(len(r.tokens) for r in live)       # T: one divisor, whatever the micro-batches
     objective, entropy, gaps = 0.0, 0.0, []
-    lm.model.train()
+    lm.model.train(config.gradient_checkpointing)  # else eval mode: no dropout, as when sampling
     for batch in micro_batches(live, config.token_budget):
         logp, entropies = completion_logprobs(lm, batch, config.temperature)                  # [N]
         old = torch.tensor([x for r in batch for x in r.logprobs], device=logp.device)
@@ -929,7 +920,7 @@ class MasterAdamW:
 
 def train(config: Config, resume: bool = False) -> Path:
     """Run RLTR (RLVR with transfer_weight 0); returns the folder of the trained model."""
-    check_config(config)
+    config = resolve(config)
     run = Run(config, resume)
     problems = load_problems(config.data, config.split, config.limit)
     lm, transfer = load_models(config, run.checkpoint)
@@ -948,7 +939,7 @@ def train(config: Config, resume: bool = False) -> Path:
             transfer.score(rollouts, step)                                        # 3, 4, 5
         clock.lap("transfer", sum(c.continuation_length for r in rollouts for c in r.cuts))
         combine_rewards(rollouts, config)                                         # 6
-        rewards = rewards_by_group(rollouts, config.group)
+        rewards = [[r.reward for r in group] for group in grouped(rollouts, config.group)]
         advantages = group_advantages(rewards, config.normalize_std)              # 7
         for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
             rollout.advantage = advantage
@@ -962,18 +953,34 @@ def train(config: Config, resume: bool = False) -> Path:
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
             run.save(lm, optimizer, step + 1)
     write_folder(run.folder / "final", lambda folder: save_lm(lm, folder))
+    print(f"trained model: {run.folder / 'final'}")
+    if config.eval_data:
+        from eval import before_and_after
+        before_and_after(config, run.folder / "final")
     return run.folder / "final"
 
 
-def check_config(c: Config):
-    """All that can be known to be wrong before anything is loaded."""
-    for f in dataclasses.fields(c):
-        value, low = getattr(c, f.name), f.metadata["minimum"]
+def resolve(config: Config) -> Config:
+    """Refuse what can be known to be wrong before anything is loaded; name the tiny files and the run."""
+    for f in dataclasses.fields(config):
+        value, low = getattr(config, f.name), f.metadata["minimum"]
         require(low is None or low <= value < math.inf,
                 f"--{f.name.replace('_', '-')} {value}: must be a number of at least {low}")
-    require(c.answer_weight + c.transfer_weight + c.format_weight > 0, "all reward weights are 0")
-    require("{question}" in c.prompt, "--prompt: {question} is missing in it")
-    require(c.device == "cpu" or torch.cuda.is_available(), f"--device {c.device}: no such device")
+    require(config.answer_weight + config.transfer_weight + config.format_weight > 0,
+            "all reward weights are 0")
+    require("{question}" in config.prompt, "--prompt: {question} is missing in it")
+    require(config.device == "cpu" or torch.cuda.is_available(), f"--device {config.device}: none here")
+    values = vars(config)
+    if any(str(value).startswith("tiny/") for value in values.values()):
+        folder = make_tiny(config.seed)
+        values = {key: f"{folder}{value[4:]}" if str(value).startswith("tiny/") else value
+                  for key, value in values.items()}
+    if not config.out:
+        kind = "rltr" if config.transfer_weight else "rlvr"
+        base = f"{Path(config.model).name}-{kind}-seed{config.seed}"
+        names = (Path("runs", base + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 10 ** 6))))
+        values = {**values, "out": str(next(path for path in names if not path.exists()))}
+    return Config(**values)
 
 
 def load_models(config: Config, checkpoint: Path | None = None) -> tuple[LM, TransferReward | None]:
@@ -1080,7 +1087,7 @@ def summarize(rollouts: list[Rollout], group: int) -> dict:
         return float(np.mean(list(values))) if values else None
 
     cuts = [cut for r in rollouts for cut in r.cuts]
-    groups = [rollouts[i:i + group] for i in range(0, len(rollouts), group)]
+    groups = grouped(rollouts, group)
     votes = [majority_vote([extract_answer(r.text) for r in g]) for g in groups]
     metrics = {
         "reward": mean([r.reward for r in rollouts]),
@@ -1090,7 +1097,7 @@ def summarize(rollouts: list[Rollout], group: int) -> dict:
         "format": mean([r.r_format for r in rollouts]),
         "finished": mean([r.finished for r in rollouts]),
         "length": mean([len(r.tokens) for r in rollouts]),
-        "dead_groups": mean(is_dead(rewards_by_group(rollouts, group)).tolist())}
+        "dead_groups": 1 - len(live_groups(rollouts, group)) / len(groups)}
     if cuts:
         metrics |= {"transfer": mean([r.r_transfer for r in rollouts]),
                     "leak": mean([c.leaked for c in cuts]), "overflow": mean([c.overflow for c in cuts])}
@@ -1110,8 +1117,7 @@ def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
         bar.write(f"{config.out}: the first step took {seconds:.1f} s, {config.steps - step} more make "
                   f"about {seconds * (config.steps - step) / 60:.1f} min")
     if config.show_every and step % config.show_every == 0:
-        groups = [rollouts[i:i + config.group] for i in range(0, len(rollouts), config.group)]
-        bar.write(show_group(next((g for g in groups if any(r.advantage for r in g)), groups[0])))
+        bar.write(show_group((live_groups(rollouts, config.group) or [rollouts[:config.group]])[0]))
 
 
 def show_group(group: list[Rollout]) -> str:
@@ -1180,13 +1186,17 @@ def warm_start(folder: Path, width: int, steps: int, flawed: float, seed: int):
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, rope_theta=100.0,
         initializer_range=0.08, eos_token_id=1, pad_token_id=0, bos_token_id=None))
-    adam = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    adam = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, total_steps=steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc=f"warm start of the tiny {folder.name}"):
-        texts = [question + chain for question, chain, _ in (tiny_problem(source, flawed) for _ in range(32))]
-        ids = torch.tensor(tokenizer(texts)["input_ids"])                         # all of one length
-        ids = F.pad(ids, (0, 1), value=tokenizer.eos_token_id)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        problems = [tiny_problem(source, flawed) for _ in range(32)]              # all of one length
+        questions = tokenizer([question for question, *_ in problems])["input_ids"]
+        chains = tokenizer([chain for _, chain, _ in problems])["input_ids"]
+        ids = torch.tensor([q + c + [tokenizer.eos_token_id] for q, c in zip(questions, chains)])
+        labels = ids.clone()
+        labels[:, :len(questions[0])] = -100                                      # learn to answer
+        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         schedule.step()
         adam.zero_grad()
@@ -1197,7 +1207,7 @@ def warm_start(folder: Path, width: int, steps: int, flawed: float, seed: int):
 def make_tiny(seed: int) -> Path:
     """The folder with generator/, receiver/, train.jsonl and test.jsonl; made when first asked for."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder, source = cache / "rltr" / f"tiny-v1-seed{seed}", random.Random(f"problems {seed}")
+    folder, source = cache / "rltr" / f"tiny-v2-seed{seed}", random.Random(f"problems {seed}")
 
     def write(partial):
         problems = {question: answer for question, _, answer in (tiny_problem(source) for _ in range(4200))}
@@ -1228,17 +1238,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         return resumed_config(Path(given.pop("resume") or given.get("out", "")), given), True
-    config = Config(**({} if given.get("model") else TINY) | given)
-    if any(str(value).startswith("tiny/") for value in vars(config).values()):
-        check_config(config)
-        folder = make_tiny(config.seed)
-        config = Config(**{key: value.replace("tiny/", f"{folder}/") if str(value).startswith("tiny/")
-                           else value for key, value in vars(config).items()})
-    if not config.out:
-        base = f"{Path(config.model).name}-{'rltr' if config.transfer_weight else 'rlvr'}-seed{config.seed}"
-        names = (Path("runs", base + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 10 ** 6))))
-        config.out = str(next(path for path in names if not path.exists()))
-    return config, False
+    return Config(**({} if given.get("model") else TINY) | given), False
 
 
 def resumed_config(folder: Path, given: dict) -> Config:
@@ -1256,12 +1256,7 @@ def resumed_config(folder: Path, given: dict) -> Config:
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
-        config, resume = parse_arguments(argv)
-        final = train(config, resume)
-        print(f"trained model: {final}")
-        if config.eval_data:
-            from eval import before_and_after
-            before_and_after(config, final)
+        train(*parse_arguments(argv))
         return 0
     except UserError as error:
         print("rltr: " + printable(" ".join(str(error).split())), file=sys.stderr)
