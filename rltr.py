@@ -392,12 +392,12 @@ class Sampler:
     """
 
     def __init__(self, model, rows, length, width, temperature, stop_ids, vocab_size):
-        self.model, self.temperature, self.vocab_size = model, temperature, vocab_size
+        self.model, self.temperature, self.stop_ids, self.vocab_size = model, temperature, stop_ids, vocab_size
         self.spare, self.spare_prompt, self.length, self.width = rows, None, length, width
         self.n, self.owners, self.valid, self.keys, self.values = 0, [], 0, {}, {}
-        self.stop_ids, self.stops = stop_ids, torch.tensor(list(stop_ids), device=model.device)
         integers = torch.zeros(rows, dtype=torch.long, device=model.device)
         table = torch.zeros(rows, width + 1, device=model.device)
+        self.stops = torch.tensor(list(stop_ids), device=model.device)
         self.token = integers                     # the last token of a row, not yet in the cache,
         self.position = integers.clone()          # and its position
         self.count = integers.clone()             # tokens sampled so far
@@ -406,29 +406,23 @@ class Sampler:
         self.uniform = table                      # a random number for each token to come
         self.tokens = table.long()                # what was sampled; rows that are done go on into
         self.logprobs = table.clone()             # the last column, until somebody looks
-        self.state = (self.token, self.position, self.count, self.limit, self.done, self.uniform,
-                      self.tokens, self.logprobs)
 
     def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: np.ndarray):
         """Take in rows (number, prompt number, prompt, limit), the samples of a prompt side by side.
         A prompt is prefilled once, but for its last token, which is fed to the first step."""
+        numbers, which, prompts, limits = zip(*rows)
+        slots = range(self.n, self.n + len(rows))
         holder = {self.spare_prompt: self.spare}              # prompt number -> row that has its cache
-        fresh = {}
-        for slot, (_, which, prompt, _) in enumerate(rows, self.n):
-            if holder.setdefault(which, slot) == slot:
-                fresh[slot] = prompt[:-1]
-        self.prefill(fresh)
-        slots, self.spare_prompt = range(self.n, self.n + len(rows)), rows[-1][1]
-        pairs = [(slot, holder[which]) for slot, (_, which, _, _) in zip(slots, rows)]
-        pairs = [(slot, source) for slot, source in (*pairs, (self.spare, pairs[-1][1]))
-                 if slot != source]
-        self.copy_cache(*zip(*pairs), max(len(prompt) for *_, prompt, _ in rows))
-        for tensor, values in ((self.token, [prompt[-1] for *_, prompt, _ in rows]),
-                               (self.position, [len(prompt) - 1 for *_, prompt, _ in rows]),
-                               (self.limit, [limit for *_, limit in rows]),
-                               (self.uniform, uniform), (self.count, 0), (self.done, False)):
-            tensor[slots.start:slots.stop] = torch.as_tensor(values, device=tensor.device)
-        self.n, self.owners = slots.stop, self.owners + [number for number, *_ in rows]
+        self.prefill({slot: prompt[:-1] for slot, w, prompt in zip(slots, which, prompts)
+                      if holder.setdefault(w, slot) == slot})
+        pairs = [(slot, holder[w]) for slot, w in zip((*slots, self.spare), (*which, which[-1]))]
+        self.copy_cache([pair for pair in pairs if pair[0] != pair[1]], max(map(len, prompts)))
+        self.spare_prompt = which[-1]
+        for tensor, new in ((self.token, [p[-1] for p in prompts]), (self.limit, limits), (self.count, 0),
+                            (self.position, [len(p) - 1 for p in prompts]), (self.done, False),
+                            (self.uniform, uniform)):
+            tensor[slots.start:slots.stop] = torch.as_tensor(new, device=tensor.device)
+        self.n, self.owners = slots.stop, [*self.owners, *numbers]
         self.valid = int(self.position[:self.n].max())
 
     def prefill(self, prompts: dict[int, list[int]], budget: int = 8192):
@@ -437,14 +431,14 @@ class Sampler:
         while slots:
             now = slots[:max(1, budget // len(prompts[slots[0]]))]
             slots, self.active = slots[len(now):], torch.tensor(now, device=self.model.device)
-            self.now, self.masks = None, {}
+            self.now = None
             ids = pad_right([prompts[slot] for slot in now], self.model.device)          # [B, T]
             self.model.base_model(input_ids=ids, use_cache=False, sampler=self)
 
     def step(self):
         """One token for each active row; nothing here waits for the device."""
         rows = self.active = torch.arange(self.n, device=self.model.device)
-        self.valid, self.masks = min(self.valid + 1, self.length), {}
+        self.valid = min(self.valid + 1, self.length)
         self.now = self.position[:self.n, None, None]                                     # [n, 1, 1]
         logits = self.model(input_ids=self.token[:self.n, None], use_cache=False, sampler=self,
                             position_ids=self.position[:self.n, None]).logits[:, -1]      # [n, V]
@@ -467,18 +461,19 @@ class Sampler:
         self.n -= len(done)
         holes = [slot for slot in done if slot < self.n]
         movers = sorted(set(range(self.n, self.n + len(done))) - set(done))
-        if holes:
-            self.copy_cache(holes, movers, self.valid)
-            for tensor in self.state:
-                tensor[holes] = tensor[movers]
-            for hole, mover in zip(holes, movers):
-                self.owners[hole] = self.owners[mover]
+        self.copy_cache(list(zip(holes, movers)), self.valid)
+        for tensor in (self.token, self.position, self.count, self.limit, self.done, self.uniform,
+                       self.tokens, self.logprobs):
+            tensor[holes] = tensor[movers]
+        for hole, mover in zip(holes, movers):
+            self.owners[hole] = self.owners[mover]
         del self.owners[self.n:]
         return finished
 
-    def copy_cache(self, target, source, valid: int):
-        for cache in (*self.keys.values(), *self.values.values()):
-            cache[list(target), :, :valid] = cache[list(source), :, :valid]
+    def copy_cache(self, pairs: list[tuple[int, int]], valid: int):
+        """The first `valid` positions of rows, (target, source)."""
+        for cache in (*self.keys.values(), *self.values.values()) if pairs else ():
+            cache[[t for t, _ in pairs], :, :valid] = cache[[s for _, s in pairs], :, :valid]
 
     def store(self, cache: dict, layer: int, new: torch.Tensor) -> torch.Tensor:
         """Keep new [B, kv_heads, T, head_dim]; returns what there is to attend to."""
@@ -489,15 +484,6 @@ class Sampler:
             return new
         cache[layer][self.active, :, self.position[:self.n]] = new[:, :, 0]
         return cache[layer][:self.n, :, :self.valid]
-
-    def hidden(self, length: int, window: int | None) -> torch.Tensor:
-        """True where a token may not look: [B or 1, 1, T, length], made once a forward."""
-        if window not in self.masks:
-            then = torch.arange(length, device=self.model.device)
-            now = then[None, :, None] if self.now is None else self.now
-            mask = then > now if not window else (then > now) | (then <= now - window)
-            self.masks[window] = mask[:, None]
-        return self.masks[window]
 
 
 def cached_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
@@ -510,19 +496,21 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, sl
     B, heads, T, D = query.shape
     key = sampler.store(sampler.keys, module.layer_idx, key)          # [B, kv_heads, length, D]
     value = sampler.store(sampler.values, module.layer_idx, value)
-    groups = heads // key.shape[1]
-    if sampler.now is None and softcap is None and (not sliding_window or sliding_window >= T):
+    groups, window = heads // key.shape[1], sliding_window or sampler.length
+    if sampler.now is None and softcap is None and window >= T:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling,
                                              enable_gqa=groups > 1)
         return out.transpose(1, 2), None
+    now = torch.arange(T, device=key.device)[None, :, None] if sampler.now is None else sampler.now
+    then = torch.arange(key.shape[2], device=key.device)
+    hidden = (then > now) | (then <= now - window)                    # [n or 1, T, length]
     # The query heads that share a K/V head stand side by side, so K and V are never expanded.
     query = query.reshape(B, key.shape[1], groups * T, D)
     scores = query @ key.transpose(2, 3) * (D ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)               # [B, kv_heads, groups * T, length]
-    hidden = sampler.hidden(key.shape[2], sliding_window).repeat(1, 1, groups, 1)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
-    out = weights.to(value.dtype) @ value
+    scores = scores.masked_fill(hidden.repeat(1, groups, 1).unsqueeze(-3), -torch.inf)
+    out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     return out.view(B, heads, T, -1).transpose(1, 2), None
 
 
@@ -719,9 +707,8 @@ class TransferReward:
 
     def score(self, rollouts: list[Rollout], step: int):
         """Give every rollout its cuts and its R_trans."""
-        rows = self.continue_from_cuts([r.problem.question for r in rollouts], [r.tokens for r in rollouts],
-                                       [r.problem.answer for r in rollouts], step)
-        for r, cuts in zip(rollouts, rows):
+        columns = zip(*((r.problem.question, r.tokens, r.problem.answer) for r in rollouts))
+        for r, cuts in zip(rollouts, self.continue_from_cuts(*columns, step)):
             r.cuts, r.r_transfer = cuts, float(np.mean([cut.correct for cut in cuts]))
 
     def continue_from_cuts(self, questions: list, completions: list[list[int]], golds: list[str],
@@ -1077,27 +1064,23 @@ class Clock:
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         seconds, self.last = time.perf_counter() - self.last, time.perf_counter()
-        self.metrics |= {f"seconds_{phase}": round(seconds, 3), "peak_memory_gib": round(peak / 2 ** 30, 2),
+        self.metrics |= {f"seconds_{phase}": round(seconds, 3), "peak_memory_gib": peak / 2 ** 30,
                          f"tokens_per_s_{phase}": round(tokens / seconds)}
 
 
 def summarize(rollouts: list[Rollout], group: int) -> dict:
     """The metrics of a batch (the README has a line on each)."""
     def mean(values):
-        return float(np.mean(list(values))) if values else None
+        return sum(values) / len(values) if values else None
 
-    cuts = [cut for r in rollouts for cut in r.cuts]
-    groups = grouped(rollouts, group)
+    cuts, groups = [cut for r in rollouts for cut in r.cuts], grouped(rollouts, group)
     votes = [majority_vote([extract_answer(r.text) for r in g]) for g in groups]
-    metrics = {
-        "reward": mean([r.reward for r in rollouts]),
-        "accuracy": mean([r.r_answer for r in rollouts]),
-        "majority": mean([vote is not None and answers_equal(vote, g[0].problem.answer)
-                          for vote, g in zip(votes, groups)]),
-        "format": mean([r.r_format for r in rollouts]),
-        "finished": mean([r.finished for r in rollouts]),
-        "length": mean([len(r.tokens) for r in rollouts]),
-        "dead_groups": 1 - len(live_groups(rollouts, group)) / len(groups)}
+    metrics = {name: mean([getattr(r, field) for r in rollouts]) for name, field in (
+        ("reward", "reward"), ("accuracy", "r_answer"), ("format", "r_format"), ("finished", "finished"))}
+    metrics |= {"majority": mean([vote is not None and answers_equal(vote, g[0].problem.answer)
+                                  for vote, g in zip(votes, groups)]),
+                "length": mean([len(r.tokens) for r in rollouts]),
+                "dead_groups": 1 - len(live_groups(rollouts, group)) / len(groups)}
     if cuts:
         metrics |= {"transfer": mean([r.r_transfer for r in rollouts]),
                     "leak": mean([c.leaked for c in cuts]), "overflow": mean([c.overflow for c in cuts])}
@@ -1108,14 +1091,13 @@ def summarize(rollouts: list[Rollout], group: int) -> dict:
 
 def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
     """The numbers that matter on the progress bar; now and then a group to read."""
-    step = metrics["step"]
-    bar.set_postfix({short: f"{metrics[key]:.3g}" for short, key in (
-        ("reward", "reward"), ("acc", "accuracy"), ("transfer", "transfer"), ("len", "length"),
-        ("tok/s", "tokens_per_s_sample")) if metrics.get(key) is not None})
+    step, left = metrics["step"], config.steps - metrics["step"]
+    bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
+        "reward", "accuracy", "transfer", "length", "tokens_per_s_sample") if name in metrics})
     if step == bar.initial + 1:
         seconds = sum(value for key, value in metrics.items() if key.startswith("seconds_"))
-        bar.write(f"{config.out}: the first step took {seconds:.1f} s, {config.steps - step} more make "
-                  f"about {seconds * (config.steps - step) / 60:.1f} min")
+        bar.write(f"{config.out}: the first step took {seconds:.1f} s, {left} more make about "
+                  f"{seconds * left / 60:.1f} min")
     if config.show_every and step % config.show_every == 0:
         bar.write(show_group((live_groups(rollouts, config.group) or [rollouts[:config.group]])[0]))
 
@@ -1123,13 +1105,14 @@ def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
 def show_group(group: list[Rollout]) -> str:
     """A group to read: the problem, a rollout with its cut, the continuation, all the rewards."""
     r = group[0]
-    lines = [f"--- problem (answer {r.problem.answer}): {r.problem.question}", f"--- rollout: {r.text}"]
+    text = f"--- problem (answer {r.problem.answer}): {r.problem.question}\n--- rollout: {r.text}"
     for cut in r.cuts[:1]:
-        lines[1] = f"--- rollout, cut at tau = {cut.tau:.2f}: {cut.prefix} >>|<< {r.text[len(cut.prefix):]}"
-        lines += [f"--- receiver ({'right' if cut.correct else 'wrong'}): {cut.continuation}"]
-    lines += [f"    answer {x.r_answer:.0f}  transfer {x.r_transfer:.2f}  format {x.r_format:.0f}"
-              f"  reward {x.reward:.2f}  advantage {x.advantage:+.2f}" for x in group]
-    return printable("\n".join(lines))
+        text = (f"{text.removesuffix(r.text)}{cut.prefix} >>|<< {r.text[len(cut.prefix):]}\n"
+                f"--- cut at tau = {cut.tau:.2f}, receiver goes on ({'right' if cut.correct else 'wrong'}): "
+                f"{cut.continuation}")
+    return printable("\n".join([text, *(
+        f"    answer {x.r_answer:.0f}  transfer {x.r_transfer:.2f}  format {x.r_format:.0f}"
+        f"  reward {x.reward:.2f}  advantage {x.advantage:+.2f}" for x in group)]))
 
 
 def printable(text: str) -> str:
@@ -1185,29 +1168,25 @@ def warm_start(folder: Path, width: int, steps: int, flawed: float, seed: int):
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, rope_theta=100.0,
-        initializer_range=0.08, eos_token_id=1, pad_token_id=0, bos_token_id=None))
-    adam = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, total_steps=steps, pct_start=0.1)
+        initializer_range=0.08, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    lm = LM(model, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), 128)
+    optimizer = MasterAdamW(model, 4e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.adam, 4e-3, total_steps=steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc=f"warm start of the tiny {folder.name}"):
-        problems = [tiny_problem(source, flawed) for _ in range(32)]              # all of one length
-        questions = tokenizer([question for question, *_ in problems])["input_ids"]
-        chains = tokenizer([chain for _, chain, _ in problems])["input_ids"]
-        ids = torch.tensor([q + c + [tokenizer.eos_token_id] for q, c in zip(questions, chains)])
-        labels = ids.clone()
-        labels[:, :len(questions[0])] = -100                                      # learn to answer
-        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
+        demonstrations = []
+        for question, chain, _ in (tiny_problem(source, flawed) for _ in range(32)):
+            prompt, tokens = tokenizer.encode(question), tokenizer.encode(chain) + list(lm.stop_ids)
+            demonstrations.append(Rollout(None, prompt, tokens, [], True, chain))
+        (-completion_logprobs(lm, demonstrations)[0].mean()).backward()
+        optimizer.step(1.0)
         schedule.step()
-        adam.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_lm(lm, folder)
 
 
 def make_tiny(seed: int) -> Path:
     """The folder with generator/, receiver/, train.jsonl and test.jsonl; made when first asked for."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder, source = cache / "rltr" / f"tiny-v2-seed{seed}", random.Random(f"problems {seed}")
+    folder, source = cache / "rltr" / f"tiny-v3-seed{seed}", random.Random(f"problems {seed}")
 
     def write(partial):
         problems = {question: answer for question, _, answer in (tiny_problem(source) for _ in range(4200))}
