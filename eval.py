@@ -8,13 +8,10 @@
 Of a problem with gold answer g there are n completions y_i with answers a_i = answer(y_i):
 
     accuracy   mean_i 1[a_i = g]                  equality is answers_equal, never that of strings
-    maj@k      mean_S 1[majority_vote(a_S) = g]   S: k of the n completions
-    pass@k     1 - C(n - c, k) / C(n, k)          c of the n are right
+    Maj@k      mean_S 1[majority_vote(a_S) = g]   S: k of the n completions
+    Pass@k     1 - C(n - c, k) / C(n, k)          c of the n are right
     transfer   1[answer(y[:tau |y|] + z) = g]     z: how the receiver goes on from there
-    leak       1[y[:tau |y|] has an answer]       nothing was left to transfer
-
---out DIR gets result.json (all figures, also of each problem) and completions.jsonl (the texts,
-which --samples reads); the same command goes on with an interrupted evaluation.
+    leak       1[y[:tau |y|] has a boxed answer]  overflow: it is too long for the receiver
 """
 
 from __future__ import annotations
@@ -30,28 +27,28 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
 from tqdm import tqdm
 
-from rltr import (EVALUATION, LM, PROMPT, Config, Problem, TransferReward, UserError,
-                  answers_equal, decode, extract_answer, generate, is_correct,
-                  load_lm, load_problems, majority_vote, printable, require)  # noqa: F401
+from rltr import (EVALUATION, LM, PROMPT, Config, Problem, TransferReward, UserError, answers_equal,
+                  decode, extract_answer, generate, is_correct, load_lm, load_problems,
+                  majority_vote, printable, require)  # noqa: F401 (majority_vote: for importers)
 
 TAUS = tuple(i / 10 for i in range(1, 10))
 SUBSETS, RESAMPLES = 1000, 10_000
 CONVENTIONS = f"""\
 Votes are cast by equivalence, completions without an answer do not vote, ties go to the first seen.
-maj@k: 1 < k < n is a mean over {SUBSETS:,} subsets without replacement. pass@k: unbiased estimator.
+Maj@k: 1 < k < n is a mean over {SUBSETS:,} subsets without replacement. Pass@k: unbiased estimator.
 [..]: 95 % intervals, bootstrap over problems, {RESAMPLES:,} resamples."""
 
 # ==================================================================================== mathematics
 
 
-def classify(answers: list, gold: str) -> tuple[np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=1)                  # of one problem, for all k
+def classify(answers: tuple, gold: str) -> tuple[np.ndarray, np.ndarray]:
     """Answers as integers [n], the same for equivalent ones, 0 for None; and which are right [n].
 
-    >>> classify(["7", "1,000", None, "7", "1000"], "1000")
+    >>> classify(("7", "1,000", None, "7", "1000"), "1000")
     (array([1, 2, 0, 1, 2]), array([False,  True, False, False,  True]))
     """
     number, firsts = {None: 0}, []               # firsts[j] is the first answer of class j + 1
@@ -72,19 +69,6 @@ def subsets(n: int, k: int) -> np.ndarray:
     return np.sort([source.choice(n, k, replace=False) for _ in range(SUBSETS)], axis=1)
 
 
-def vote_winners(classes: np.ndarray, k: int) -> np.ndarray:
-    """Of each subset of k, the first completion whose answer has the most votes [S].
-
-    >>> vote_winners(np.array([2, 0, 1, 1, 2]), 5).tolist()       # a tie: class 2 was seen first
-    [0]
-    """
-    chosen = subsets(len(classes), k)                                              # [S, k]
-    rows = np.arange(len(chosen))
-    boxes = classes[chosen] + rows[:, None] * (classes.max() + 1)     # one a subset and class
-    votes = np.bincount(boxes.ravel())[boxes] * (classes[chosen] > 0)
-    return chosen[rows, votes.argmax(1)]                              # argmax: the first of equals
-
-
 def maj_at_k(answers: list, gold: str, k: int) -> float:
     """Maj@k = mean over subsets S of k answers (None: no answer) of 1[majority_vote(a_S) = gold].
 
@@ -92,8 +76,13 @@ def maj_at_k(answers: list, gold: str, k: int) -> float:
     (1.0, 0.5)
     """
     require(1 <= k <= len(answers), f"Maj@{k} of {len(answers)} answers")
-    classes, right = classify(answers, gold)
-    return float(right[vote_winners(classes, k)].mean())
+    classes, right = classify(tuple(answers), gold)
+    chosen = subsets(len(answers), k)                                              # [S, k]
+    rows = np.arange(len(chosen))
+    boxes = classes[chosen] + rows[:, None] * (classes.max() + 1)     # one a subset and class
+    votes = np.bincount(boxes.ravel())[boxes] * (classes[chosen] > 0)
+    winners = chosen[rows, votes.argmax(1)]                           # argmax: the first of equals
+    return float(right[winners].mean())
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -118,17 +107,12 @@ def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ==================================================================================== completions
-#
-# A record is a line of completions.jsonl: "problem", "answer", "completions" and, of those that we
-# drew, "drawn": {"finished": [..], "tokens": [lengths], "cuts": [..]}.
 
 
-def evaluate(lm: LM, problems: list[Problem], *, k: int, prompt: str = PROMPT,
-             max_new_tokens: int = Config.max_new_tokens, temperature: float = 1.0,
-             receiver: LM | None = None, taus=TAUS, margin: int = Config.receiver_margin,
-             receiver_temperature: float = 1.0, transfer_samples: int = 4, seed: int = 0,
-             max_rows: int = 0, fallback: bool = False, label: str = "", out: str = "",
-             settings: dict | None = None) -> dict:
+def evaluate(lm: LM, problems: list[Problem], *, k, prompt=PROMPT, max_new_tokens=1024,
+             temperature=1.0, receiver: LM | None = None, taus=TAUS, margin=64,
+             receiver_temperature=1.0, transfer_samples=4, seed=0, max_rows=0, fallback=False,
+             label="", out="", settings=None) -> dict:
     """Sample k completions a problem, let the receiver go on from the first `transfer_samples` of
     them, and score it all. Row i is a function of (seed, i), the receiver's of (seed, chunk, i):
     chunks that an earlier call with the same settings has left in the folder `out` are reused.
@@ -146,10 +130,10 @@ def evaluate(lm: LM, problems: list[Problem], *, k: int, prompt: str = PROMPT,
               initial=work * len(records)) as bar:
         for first in range(len(records), len(problems), size):
             here = slice(first, first + size)
-            done = generate(lm.model, prompts[here], samples=k, max_new_tokens=limits[here],
-                            temperature=temperature, stop_ids=lm.stop_ids, max_rows=max_rows,
-                            vocab_size=lm.vocab_size, seed=(seed, EVALUATION),
-                            first_row=first * k, progress=bar)
+            done = generate(
+                lm.model, prompts[here], samples=k, max_new_tokens=limits[here], progress=bar,
+                temperature=temperature, stop_ids=lm.stop_ids, vocab_size=lm.vocab_size,
+                max_rows=max_rows, seed=(seed, EVALUATION), first_row=first * k)
             groups = [done[i:i + k] for i in range(0, len(done), k)]
             new = [{"problem": p.question, "answer": p.answer,
                     "completions": [decode(lm.tokenizer, c.tokens) for c in group],
@@ -157,7 +141,12 @@ def evaluate(lm: LM, problems: list[Problem], *, k: int, prompt: str = PROMPT,
                               "tokens": [len(c.tokens) for c in group], "cuts": []}}
                    for p, group in zip(problems[here], groups)]
             if transfer:
-                add_cuts(new, [group[:transfer_samples] for group in groups], transfer, taus, first)
+                owners = [(r, c) for r, g in zip(new, groups) for c in g[:transfer_samples]]
+                rows = transfer.continue_from_cuts(
+                    [r["problem"] for r, _ in owners], [c.tokens for _, c in owners],
+                    [r["answer"] for r, _ in owners], step=first, taus=[taus] * len(owners))
+                for (r, _), cuts in zip(owners, rows):
+                    r["drawn"]["cuts"] += map(dataclasses.asdict, cuts)
                 bar.update((work - k) * len(new))
             records += new
             if out:
@@ -166,21 +155,11 @@ def evaluate(lm: LM, problems: list[Problem], *, k: int, prompt: str = PROMPT,
     return score(records, k, fallback)
 
 
-def add_cuts(records: list[dict], groups: list, transfer: TransferReward, taus, step: int):
-    """Have the completions of the groups cut at each tau and continued by the receiver."""
-    owners = [(record, c) for record, group in zip(records, groups) for c in group]
-    rows = transfer.continue_from_cuts(
-        [record["problem"] for record, _ in owners], [c.tokens for _, c in owners],
-        [record["answer"] for record, _ in owners], step=step, taus=[taus] * len(owners))
-    for (record, _), cuts in zip(owners, rows):
-        record["drawn"]["cuts"] += map(dataclasses.asdict, cuts)
-
-
 def stored_records(out: str, settings: dict, problems: list[Problem], size: int) -> list[dict]:
     """The complete chunks of an interrupted evaluation; what is behind, a torn line too, is cut."""
     file, beside = Path(out, "completions.jsonl"), Path(out, "settings.json")
     settings = {**settings, "problems": zlib.crc32(repr(problems).encode(errors="replace"))}
-    if not file.exists():
+    if not file.exists() or not file.stat().st_size:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(settings, indent=1))
         file.touch()
@@ -195,9 +174,10 @@ def stored_records(out: str, settings: dict, problems: list[Problem], size: int)
 
 
 def read_records(path: str | Path) -> list[dict]:
+    """One record a line: "problem", "answer", "completions"; evaluate adds what is "drawn"."""
     records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        row = parse(line, f"{path}: line {number}")
+    lines = enumerate(Path(path).read_bytes().splitlines(), 1)
+    for number, row in ((i, parse(line, f"{path}: line {i}")) for i, line in lines if line.strip()):
         asked, gold = row.get("problem", row.get("question")), row.get("answer")
         texts = row.get("completions")
         good = isinstance(gold, (str, int, float)) and isinstance(texts, list) and len(texts) > 0
@@ -223,62 +203,66 @@ def parse(text: bytes, where) -> dict:
 
 def score_problem(record: dict, ks: list[int], fallback: bool) -> dict:
     """All figures of one problem, under the names that the report uses."""
-    texts, gold, drawn = record["completions"], record["answer"], record.get("drawn")
+    texts, gold, drawn = record["completions"], record["answer"], record.get("drawn", {})
     answers = [extract_answer(text, **({"fallback": True} if fallback else {})) for text in texts]
-    classes, right = classify(answers, gold)
-    figures = {"accuracy": right.mean(), "answered": (classes > 0).mean()}
-    if drawn:
-        figures |= {"finished": np.mean(drawn["finished"]), "tokens": np.mean(drawn["tokens"])}
-    figures |= {f"maj@{k}": right[vote_winners(classes, k)].mean() for k in ks}
-    figures |= {f"pass@{k}": pass_at_k(len(texts), int(right.sum()), k) for k in ks}
-    cuts = drawn["cuts"] if drawn else []
+    right = classify(tuple(answers), gold)[1]
+    figures = {"accuracy": right.mean(), "answered": np.mean([a is not None for a in answers])}
+    figures |= {name: np.mean(drawn[name]) for name in ("finished", "tokens") if name in drawn}
+    for k in ks:
+        figures[f"Maj@{k}"] = maj_at_k(answers, gold, k)
+        figures[f"Pass@{k}"] = pass_at_k(len(texts), int(right.sum()), k)
+    cuts = drawn.get("cuts", [])
+    if cuts:
+        figures["overflow"] = np.mean([cut["overflow"] for cut in cuts])
     if fallback:                                            # the reward reads boxes only
         cuts = [{**cut, "correct": is_correct(cut["prefix"] + cut["continuation"], gold, True)}
                 for cut in cuts]
-    for name, key in ("transfer", "correct"), ("leak", "leaked"), ("overflow", "overflow"):
-        for tau in dict.fromkeys(cut["tau"] for cut in cuts):
+    for tau in dict.fromkeys(cut["tau"] for cut in cuts):
+        for name, key in ("transfer", "correct"), ("leak", "leaked"):
             figures[f"{name}@{tau}"] = np.mean([cut[key] for cut in cuts if cut["tau"] == tau])
     return {"problem": record["problem"], "answer": gold,
-            "vote": answers[vote_winners(classes, len(texts))[0]],
             "figures": {name: float(value) for name, value in figures.items()}}
 
 
 def score(records: list[dict], k: int | None = None, fallback: bool = False) -> dict:
-    """All figures, for k = 1, 2, 4 .. n and the given k; every problem has n completions or more."""
+    """All figures, for k = 1, 2, 4 .. n and the given k; each problem has n or more completions."""
     n = min(len(record["completions"]) for record in records)
     require((k or n) <= n, f"--k {k}: some problem has only {n} completions")
     ks = sorted({2 ** i for i in range(n.bit_length())} | {n, k or n})
     rows = [score_problem(record, ks, fallback) for record in records]
-    values = np.array([list(row["figures"].values()) for row in rows])                   # [P, M]
-    mean = dict(zip(rows[0]["figures"], values.mean(0).tolist()))
-
-    def by(name):
-        return {key[len(name) + 1:]: mean[key] for key in mean if key.startswith(name + "@")}
-
-    return {"problems": len(rows), "n": n, "accuracy": mean["accuracy"], "maj": by("maj"),
-            "pass": by("pass"), "transfer": {tau: {"accuracy": x, "leak": mean[f"leak@{tau}"]}
-                                             for tau, x in by("transfer").items()},
-            "figures": mean, "intervals": dict(zip(mean, bootstrap(values)[0].tolist())),
+    names = [name for name in rows[0]["figures"] if all(name in row["figures"] for row in rows)]
+    values = np.array([[row["figures"][name] for name in names] for row in rows])        # [P, M]
+    mean = dict(zip(names, values.mean(0).tolist()))
+    taus = [name.split("@")[1] for name in names if name.startswith("transfer")]
+    return {"problems": len(rows), "n": n, "accuracy": mean["accuracy"],
+            "maj": {str(k): mean[f"Maj@{k}"] for k in ks},
+            "pass": {str(k): mean[f"Pass@{k}"] for k in ks},
+            "transfer": {tau: {"accuracy": mean[f"transfer@{tau}"], "leak": mean[f"leak@{tau}"]}
+                         for tau in taus},
+            "cut": len(records[0]["drawn"]["cuts"]) // len(taus) if taus else 0,
+            "figures": mean, "intervals": dict(zip(names, bootstrap(values)[0].tolist())),
             "conventions": CONVENTIONS, "per_problem": rows}
 
 
 def report(result: dict) -> str:
-    lines = [f"{name:<14}{mean:9.3f}   [{low:.3f}, {high:.3f}]" for (name, mean), (low, high) in
-             zip(result["figures"].items(), result["intervals"].values())]
-    return "\n".join([f"{result['problems']} problems, {result['n']} completions each", *lines,
-                      result["conventions"]])
+    rows = {}                                    # what has the same k or tau shares a row
+    for (name, mean), (low, high) in zip(result["figures"].items(), result["intervals"].values()):
+        cell = f"{name:<13}{mean:8.3f} [{low:.3f}, {high:.3f}]"
+        rows.setdefault(name.partition("@")[2] or name, []).append(f"{cell:<42}")
+    cut = f", {result['cut']} of them cut and continued" if result["cut"] else ""
+    return "\n".join([f"{result['problems']} problems, {result['n']} completions each{cut}",
+                      *map("".join, rows.values()), result["conventions"]])
 
 
-def compare(a: dict, b: dict) -> str:
-    """The differences of all figures that two results share, paired by problem."""
+def compare(a: dict, b: dict, only=()) -> str:
+    """The differences of the figures that two results share, paired by problem."""
     require("per_problem" in a and "per_problem" in b, "--compare: these are not two result.json")
-    rows_a, rows_b = a["per_problem"], b["per_problem"]
-    require([x["problem"] for x in rows_a] == [y["problem"] for y in rows_b],
-            "--compare: these are results on different problems")
-    names = [name for name in a["figures"] if name in b["figures"]]
-    first, second = (np.array([[row["figures"][name] for name in names] for row in rows])
-                     for rows in (rows_a, rows_b))                                       # [P, M]
-    lines = [f"{len(first)} problems; second - first, paired bootstrap over problems"]
+    asked, other = ([row["problem"] for row in x["per_problem"]] for x in (a, b))
+    require(asked == other, "--compare: these are results on different problems")
+    names = [name for name in a["figures"] if name in b["figures"] and (not only or name in only)]
+    first, second = (np.array([[row["figures"][name] for name in names]
+                               for row in x["per_problem"]]) for x in (a, b))            # [P, M]
+    lines = [f"{len(first)} problems, difference and 95 % interval: paired bootstrap over problems"]
     for name, x, y, (low, high), p in zip(
             names, first.mean(0), second.mean(0), *bootstrap(second - first)):
         lines.append(f"{name:<14}{x:9.3f} ->{y:9.3f}   {y - x:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -288,19 +272,15 @@ def compare(a: dict, b: dict) -> str:
 
 def before_and_after(config: Config, final: Path):
     """The closing table of rltr.py: the generator and what became of it, on config.eval_data."""
-    problems, table = load_problems(config.eval_data), {}
-    frozen = config.model if config.receiver == "self" else config.receiver
-    receiver = load_lm(frozen, config.device)
-    for label, model in (("before", config.model), ("after", str(final))):
-        figures = evaluate(load_lm(model, config.device), problems, k=config.eval_k, label=label,
-                           receiver=receiver, taus=(0.3, 0.5, 0.7), **sampling(config))["figures"]
-        table[label] = {name: figures[name] for name in (
-            "accuracy", f"maj@{config.eval_k}", "transfer@0.3", "transfer@0.5", "transfer@0.7")}
+    settings = {**vars(config), "data": config.eval_data, "k": config.eval_k, "out": "",
+                "receiver": config.model if config.receiver == "self" else config.receiver,
+                "split": "", "limit": 0, "transfer_samples": 4, "fallback": False}
+    before, after = (evaluate_model(argparse.Namespace(**{**settings, "model": model}))
+                     for model in (config.model, str(final)))
+    table = {"before": before["figures"], "after": after["figures"]}
     Path(config.out, "evaluation.json").write_text(json.dumps(table, indent=1))
-    print(f"\n{len(problems)} held-out problems, {config.eval_k} completions each")
-    print(" " * 8 + "".join(f"{name:>14}" for name in table["before"]))
-    for label, row in table.items():
-        print(f"{label:8}" + "".join(f"{value:14.3f}" for value in row.values()))
+    print("before -> after,", compare(before, after, [
+        "accuracy", f"Maj@{config.eval_k}", *(f"transfer@{tau}" for tau in TAUS[::2])]))
 
 
 # =================================================================================== command line
@@ -311,15 +291,14 @@ FLAGS = [                                        # name, default, least value (N
     ("data", "math500", None, "short name, hub id or local file, as in rltr.py"),
     ("split", "", None, "of a hub data set; empty: test, or the only one there is"),
     ("k", None, 1, "completions a problem (default: 64; of --samples: all there are)"),
-    ("out", "", None, "folder for the results; empty: only print"),
+    ("out", "", None, "folder of result.json and completions.jsonl; goes on with what is there"),
     ("prompt", "", None, "with {question}; empty: that of the run the model comes from"),
     ("temperature", 1.0, 0, "sampling temperature (0: greedy)"),
     ("receiver", "", None, "model that goes on from cut completions; self: the same one"),
     ("transfer_samples", 4, 1, "completions a problem that are cut"),
     *((f.name, f.default, f.metadata["minimum"], f.metadata["help"])
-      for f in dataclasses.fields(Config) if f.name in (
-          "max_new_tokens", "receiver_temperature", "receiver_margin", "limit", "seed", "max_rows",
-          "device"))]
+      for f in dataclasses.fields(Config) if f.name in ("max_new_tokens", "receiver_temperature",
+      "receiver_margin", "limit", "seed", "max_rows", "device"))]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -329,12 +308,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         kind = str if least is None else type(default or least)
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text)
     parser.add_argument("--fallback", action="store_true", help="also read answers without a box")
-    parser.add_argument("--compare", nargs=2, metavar="RESULT", help="second minus first result.json")
+    parser.add_argument("--compare", nargs=2, metavar="RESULT", help="two result.json, paired")
     args = parser.parse_args(argv)
     require(bool(args.model) + bool(args.samples) + bool(args.compare) == 1,
             "give one of --model, --samples and --compare")
     require(args.model or not args.receiver, "--receiver needs --model: it continues its tokens")
-    require(args.device == "cpu" or torch.cuda.is_available(), f"--device {args.device}: none here")
     for name, _, least, _ in FLAGS:
         value = getattr(args, name)
         require(least is None or value is None or least <= value < math.inf,
@@ -342,38 +320,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for config in (folder / "config.json" for folder in [*Path(args.model).parents][:2]):
         if not args.prompt and config.is_file():            # of a run of rltr.py
             args.prompt = parse(config.read_bytes(), config).get("prompt", "")
-    args.prompt = args.prompt or PROMPT
+    args.prompt, args.k = args.prompt or PROMPT, args.k or (Config.eval_k if args.model else None)
     require("{question}" in args.prompt, "--prompt: {question} is missing in it")
     return args
 
 
-def held_out_problems(source: str, split: str, limit: int) -> list[Problem]:
-    """The given split; otherwise the test split, or the only one there is."""
-    try:
-        return load_problems(source, split or "test", limit)
-    except UserError as error:
-        if split or "no split test" not in str(error) or "," in str(error).split("it has")[-1]:
-            raise
-        return load_problems(source, None, limit)
-
-
-def sampling(settings: Config | argparse.Namespace) -> dict:
-    return {"margin": settings.receiver_margin, **{key: getattr(settings, key) for key in (
-        "prompt", "max_new_tokens", "temperature", "receiver_temperature", "seed", "max_rows")}}
-
-
 def evaluate_model(args: argparse.Namespace) -> dict:
-    problems = held_out_problems(args.data, args.split, args.limit)
-    lm = load_lm(args.model, args.device)
-    receiver = args.receiver and (
-        lm if args.receiver == "self" else load_lm(args.receiver, args.device))
+    try:
+        problems = load_problems(args.data, args.split or "test", args.limit)
+    except UserError as error:                              # no test split: is there only one?
+        if args.split or "no split test" not in str(error) or "," in str(error).split("it has")[-1]:
+            raise
+        problems = load_problems(args.data, None, args.limit)
+    files = [f for m in (args.model, args.receiver) if m for f in Path(m).glob("*.safetensors")]
     settings = {key: value for key, value in vars(args).items()
                 if key not in ("out", "max_rows", "fallback")}
-    settings["weights"] = [[str(f), f.stat().st_mtime_ns] for name in (args.model, args.receiver)
-                           for f in sorted(Path(name).glob("*.safetensors"))]    # trained anew?
-    return evaluate(lm, problems, k=args.k or Config.eval_k, receiver=receiver or None,
-                    transfer_samples=args.transfer_samples, fallback=args.fallback, out=args.out,
-                    settings=settings, label=Path(args.model).name, **sampling(args))
+    settings["weights"] = sorted(f.stat().st_mtime_ns for f in files)     # to notice a new training
+    lm = load_lm(args.model, args.device)
+    receiver = lm if args.receiver == "self" else (
+        load_lm(args.receiver, args.device) if args.receiver else None)
+    return evaluate(lm, problems, receiver=receiver, margin=args.receiver_margin, settings=settings,
+                    label=Path(args.model).name, **{name: getattr(args, name) for name in (
+                        "k", "prompt", "max_new_tokens", "temperature", "receiver_temperature",
+                        "transfer_samples", "fallback", "out", "seed", "max_rows")})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -388,8 +357,8 @@ def main(argv: list[str] | None = None) -> int:
         print(report(result))
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
-            Path(args.out, "result.json").write_text(
-                json.dumps({"settings": vars(args), **result}, indent=1))
+            result = json.dumps({"settings": vars(args), **result}, indent=1)
+            Path(args.out, "result.json").write_text(result)
         return 0
     except (UserError, OSError) as error:
         print("eval: " + printable(" ".join(str(error).split())), file=sys.stderr)

@@ -1000,8 +1000,7 @@ def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tup
 
 def write_folder(folder: Path, write):
     """Make a folder complete or not at all: written beside, then renamed."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     write(partial)
     shutil.rmtree(folder, ignore_errors=True)
@@ -1028,6 +1027,8 @@ class Run:
             state = torch.load(self.checkpoint / "optimizer.pt", weights_only=True)
             optimizer.load_state_dict(state)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_crash in self.folder.glob("**/*.partial-*"):
+            shutil.rmtree(left_by_a_crash)
         (self.folder / "config.json").write_text(json.dumps(vars(self.config), indent=1))
         for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
