@@ -204,7 +204,7 @@ def parse(text: bytes, where) -> dict:
 def score_problem(record: dict, ks: list[int], fallback: bool) -> dict:
     """All figures of one problem, under the names that the report uses."""
     texts, gold, drawn = record["completions"], record["answer"], record.get("drawn", {})
-    answers = [extract_answer(text, **({"fallback": True} if fallback else {})) for text in texts]
+    answers = [extract_answer(text, fallback) for text in texts]
     right = classify(tuple(answers), gold)[1]
     figures = {"accuracy": right.mean(), "answered": np.mean([a is not None for a in answers])}
     figures |= {name: np.mean(drawn[name]) for name in ("finished", "tokens") if name in drawn}
@@ -289,7 +289,7 @@ FLAGS = [                                        # name, default, least value (N
     ("model", "", None, "folder or hub name of the model to evaluate"),
     ("samples", "", None, "file of completions to score instead of a model's"),
     ("data", "math500", None, "short name, hub id or local file, as in rltr.py"),
-    ("split", "", None, "of a hub data set; empty: test, or the only one there is"),
+    ("split", "", None, "of a hub data set; empty: test where there is one"),
     ("k", None, 1, "completions a problem (default: 64; of --samples: all there are)"),
     ("out", "", None, "folder of result.json and completions.jsonl; goes on with what is there"),
     ("prompt", "", None, "with {question}; empty: that of the run the model comes from"),
@@ -326,12 +326,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate_model(args: argparse.Namespace) -> dict:
-    try:
-        problems = load_problems(args.data, args.split or "test", args.limit)
-    except UserError as error:                              # no test split: is there only one?
-        if args.split or "no split test" not in str(error) or "," in str(error).split("it has")[-1]:
-            raise
-        problems = load_problems(args.data, None, args.limit)
+    problems = load_problems(args.data, args.split, args.limit, prefer="test")
     files = [f for m in (args.model, args.receiver) if m for f in Path(m).glob("*.safetensors")]
     settings = {key: value for key, value in vars(args).items()
                 if key not in ("out", "max_rows", "fallback")}

@@ -17,23 +17,21 @@ continues from there, and the share of right endings is a reward beside the usua
 The paper's: steps 1-7 with K = 1, GRPO, one frozen receiver, tau uniform, binary rewards.
 Ours, where what we know of the paper leaves it open (each is a flag or one function):
   1. a = b = 1, c = 0.1; models, lr and sizes as in `Config`; the receiver samples at temperature 1.
-  2. One token mean over the whole batch (T in step 8), no mean per sequence; clip at 0.8 and 1.28.
-  3. Groups whose rewards are all equal leave the update and T: they hold no information.
+  2. One token mean over the whole batch (T in step 8); the ratio is clipped at 0.8 and 1.28.
+  3. Groups whose rewards are all equal hold no information: they leave the update and T.
   4. `--cuts K` averages K independent cuts and continuations: a denser, dearer R_trans.
   5. The stop token is stripped before the cut, so that tau = 1 still leaves the receiver a turn.
-  6. Receiver budget: what the generator had left plus a margin; a prefix too long for it scores 0.
+  6. The receiver may write what the generator had left plus a margin; a prefix too long scores 0.
 
     python rltr.py                                     # built-in tiny models: any laptop, no network
     python rltr.py --transfer-weight 0                 # the same task with the answer reward alone
     python rltr.py --model Qwen2.5-1.5B --steps 500    # one GPU: MATH, receiver Qwen2.5-1.5B-Instruct
-    python rltr.py --resume runs/NAME                  # goes on where that run stopped
-"""
+    python rltr.py --resume runs/NAME                  # goes on where that run stopped"""
 
 from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import csv
 import dataclasses
 import json
@@ -62,10 +60,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-
 def option(default, text, minimum=None):
     return field(default=default, metadata={"help": text, "minimum": minimum})
-
 
 @dataclass
 class Config:
@@ -110,7 +106,6 @@ class Config:
     eval_data: str = option("", "problems for a closing before/after table (empty: no table)")
     eval_k: int = option(64, "completions a problem in that table", 1)
 
-
 # With no --model, these replace the defaults of the fields that the user did not set.
 TINY = dict(model="tiny/generator", receiver="tiny/receiver", data="tiny/train.jsonl",
             eval_data="tiny/test.jsonl", prompt="{question}", max_new_tokens=32, receiver_margin=4,
@@ -119,24 +114,19 @@ TINY = dict(model="tiny/generator", receiver="tiny/receiver", data="tiny/train.j
 # What may differ when a run is resumed; anything else would make it another run.
 HARMLESS = {"steps", "save_every", "keep", "show_every", "eval_data", "eval_k", "out"}
 
-
 class UserError(Exception):
     """Something the user can put right: main prints it as one line and exits with 2."""
-
 
 def require(condition, message: str):
     if not condition:
         raise UserError(message)
 
-
 # What random numbers are drawn for. rng(seed, purpose, step, ...) is a function of its keys alone:
 # streams do not disturb each other, and a resumed run has no generator state to restore.
 DATA, ROLLOUT, CUT, CONTINUATION, EVALUATION = range(1, 6)
 
-
 def rng(*keys: int) -> np.random.Generator:
     return np.random.default_rng(keys)
-
 
 # ======================================================================================= problems
 
@@ -144,21 +134,19 @@ SOURCES = {"gsm8k": ("openai/gsm8k", "main"), "math": ("nlile/hendrycks-MATH-ben
            "math500": ("HuggingFaceH4/MATH-500", None), "aime24": ("math-ai/aime24", None),
            "amc23": ("math-ai/amc23", None)}
 
-
 @dataclass(frozen=True)
 class Problem:
     question: str
     answer: str          # the bare gold answer: "18", "\\frac{3}{4}"
 
-
-def load_problems(source: str, split: str | None = None, limit: int | None = None) -> list[Problem]:
+def load_problems(source: str, split: str | None = None, limit: int | None = None,
+                  prefer: str = "train") -> list[Problem]:
     """Problems of a short name (SOURCES), a hub id, or a local .jsonl, .json, .csv or .parquet file.
 
     Columns: question | problem | prompt, and answer | solution, of which GSM8K's `#### 18` or the
-    last `\\boxed{}` is taken. split None: the training split, or the only one there is; a local file
-    is one split. Raises UserError naming the source and the row.
-    """
-    rows = _read_rows(source, split)
+    last `\\boxed{}` is taken. split None: the one called `prefer` where there is one, else the first; a
+    local file is one split. Raises UserError naming the source and the row."""
+    rows = _read_rows(source, split, prefer)
     require(rows, f"{source}: no rows")
     question, answer = (next((c for c in names if c in rows[0]), None) for names in (
         ("question", "problem", "prompt"), ("answer", "solution")))
@@ -173,8 +161,7 @@ def load_problems(source: str, split: str | None = None, limit: int | None = Non
         problems.append(Problem(asked, gold))
     return problems
 
-
-def _read_rows(source: str, split: str | None) -> list[dict]:
+def _read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
     kind = Path(source).suffix
     try:
         if kind in (".jsonl", ".json", ".csv"):
@@ -196,10 +183,9 @@ def _read_rows(source: str, split: str | None) -> list[dict]:
         raise
     except Exception as error:            # each reader has failures of its own: say which
         raise UserError(f"{source}: cannot be read: {error}") from None
-    split = split or ("train" if "train" in splits else next(iter(splits)))
+    split = split or (prefer if prefer in splits else next(iter(splits)))
     require(split in splits, f"{source}: no split {split}; it has {', '.join(splits)}")
     return list(splits[split])
-
 
 def use_cache_if_offline():
     """Where no hub answers, look in the local cache only, instead of retrying for minutes."""
@@ -209,7 +195,6 @@ def use_cache_if_offline():
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
 
-
 def draw_problems(problems: list, count: int, seed: int, step: int) -> list:
     """The problems of a step, a function of (seed, step): permutations of the data, end to end."""
     first, size = step * count, len(problems)
@@ -217,11 +202,9 @@ def draw_problems(problems: list, count: int, seed: int, step: int) -> list:
               for e in range(first // size, (first + count - 1) // size + 1)}
     return [problems[epochs[i // size][i % size]] for i in range(first, first + count)]
 
-
 # ======================================================================================== answers
 
 CHECKS = collections.Counter()
-
 
 def extract_answer(text):
     i = text.rfind("\\boxed{")
@@ -234,21 +217,17 @@ def extract_answer(text):
         j += 1
     return None if depth else text[i + 7:j - 1].strip()
 
-
 def answers_equal(a, b):
     return a.replace(",", "").strip() == b.replace(",", "").strip()
-
 
 def is_correct(text, gold, fallback=False):
     found = extract_answer(text)
     return found is not None and answers_equal(found, gold)
 
-
 def majority_vote(answers):
     """The answer most often given, by equivalence (answers_equal), or None.
 
-    No-answers (None) do not vote; of answers with equally many votes the first seen wins.
-    """
+    No-answers (None) do not vote; of answers with equally many votes the first seen wins."""
     counts = []
     for answer in answers:
         if answer is None:
@@ -261,13 +240,11 @@ def majority_vote(answers):
             counts.append([answer, 1])
     return max(counts, key=lambda e: e[1])[0] if counts else None
 
-
 # ================================================================================= language models
 
 # What a short model name begins with -> the organisation that publishes it.
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB", "gemma": "google",
                  "OLMo": "allenai", "Phi": "microsoft", "Mistral": "mistralai"}
-
 
 @dataclass
 class LM:
@@ -297,12 +274,10 @@ class LM:
         """Model-written text: a control token that is spelled out in it stays plain text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-
 def decode(tokenizer, ids: list[int]) -> str:
     """Text without control tokens and without a last character that a cut left incomplete."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.rstrip("\ufffd")
-
 
 def load_lm(name: str, device: str = "cpu") -> LM:
     """A folder or hub model: bf16 on CUDA, fp32 on CPU; no remote code. UserError if unservable."""
@@ -325,7 +300,6 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     check_model(lm)
     return lm
 
-
 def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
     """eos of the tokenizer and of generation_config, and what the chat template writes after a turn:
     Qwen2.5 *base* has eos <|endoftext|>, but its template ends turns with <|im_end|>."""
@@ -338,12 +312,10 @@ def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
         stops |= {next((i for i in ids if i in tokenizer.added_tokens_decoder), None)}
     return tuple(sorted(stops - {None}))
 
-
 def save_lm(lm: LM, folder: Path):
     """An ordinary transformers folder, weights as safetensors."""
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
-
 
 def check_model(lm: LM):
     """Refuse a model that we would serve wrongly: attention sinks, ALiBi, latent or shared keys, state
@@ -368,7 +340,6 @@ def check_model(lm: LM):
         served, reason = False, f"{reason} ({error})"
     require(served, f"model type {kind} is not served: {reason}")
 
-
 # ====================================================================================== generation
 #
 # One sampler with a KV cache serves generator, receiver and evaluation. transformers' models look
@@ -376,20 +347,17 @@ def check_model(lm: LM):
 # extra argument of the forward. The active rows are always the first n: when a row finishes, the
 # last one moves into its place, so that no work is done for rows that are gone.
 
-
 @dataclass
 class Completion:
     tokens: list[int]            # with the stop token, if it was sampled
     logprobs: list[float]        # of these tokens, under the distribution they were drawn from
     finished: bool               # ended by a stop token, not by the length limit
 
-
 class Sampler:
     """Up to `rows` sequences of up to `length` tokens that are being generated.
 
     keys, values: a layer -> [rows + 1, kv_heads, length, head_dim], made when the layer first runs;
-    the last row keeps the newest prompt, for those of its samples that still wait for a place.
-    """
+    the last row keeps the newest prompt, for those of its samples that still wait for a place."""
 
     def __init__(self, model, rows, length, width, temperature, stop_ids, vocab_size):
         self.model, self.temperature, self.stop_ids, self.vocab_size = model, temperature, stop_ids, vocab_size
@@ -432,8 +400,8 @@ class Sampler:
             now = slots[:max(1, budget // len(prompts[slots[0]]))]
             slots, self.active = slots[len(now):], torch.tensor(now, device=self.model.device)
             self.now = None
-            ids = pad_right([prompts[slot] for slot in now], self.model.device)          # [B, T]
-            self.model.base_model(input_ids=ids, use_cache=False, sampler=self)
+            ids = pad_sequence([torch.tensor(prompts[slot]) for slot in now], batch_first=True)  # [B, T]
+            self.model.base_model(input_ids=ids.to(self.active), use_cache=False, sampler=self)
 
     def step(self):
         """One token for each active row; nothing here waits for the device."""
@@ -485,14 +453,12 @@ class Sampler:
         cache[layer][self.active, :, self.position[:self.n]] = new[:, :, 0]
         return cache[layer][:self.n, :, :self.valid]
 
-
 def cached_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                      softcap=None, sampler=None, **kwargs):
     """Attention over the Sampler's cache, in the convention of transformers' AttentionInterface.
 
     query [B, heads, T, D], key and value [B, kv_heads, T, D] -> [B, T, heads, D]. Either T tokens of
-    prompts, padded on the right (causality hides the padding), or one token of each active row.
-    """
+    prompts, padded on the right (causality hides the padding), or one token of each active row."""
     B, heads, T, D = query.shape
     key = sampler.store(sampler.keys, module.layer_idx, key)          # [B, kv_heads, length, D]
     value = sampler.store(sampler.values, module.layer_idx, value)
@@ -513,30 +479,13 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, sl
     out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     return out.view(B, heads, T, -1).transpose(1, 2), None
 
-
 transformers.AttentionInterface.register("rltr_cached", cached_attention)
-
-
-@contextlib.contextmanager
-def sampling_mode(model):
-    """Inside: our attention, eval mode, no gradients. Afterwards all is as it was before."""
-    attention, training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("rltr_cached")
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.set_attn_implementation(attention)
-        model.train(training)
-
 
 def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tensor):
     """Inverse-CDF sampling: the first token whose cumulative probability reaches u.
 
     logits [n, V], uniform [n] in (0, 1] -> tokens [n], log-probs [n]. As u > 0, a token of
-    probability 0 is never the first to reach it. Temperature 0: greedy, plain softmax.
-    """
+    probability 0 is never the first to reach it. Temperature 0: greedy, plain softmax."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         tokens = logprobs.argmax(-1)
@@ -546,7 +495,7 @@ def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tenso
         tokens = tokens.clamp(max=logits.shape[1] - 1)        # NaN logits: generate complains
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
-
+@torch.no_grad()
 def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int | list[int],
              temperature: float = 1.0, stop_ids=(), max_rows: int | None = None,
              vocab_size: int | None = None, seed: int | tuple[int, ...] | None = None,
@@ -556,8 +505,7 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
     max_new_tokens may be one number a prompt. Temperature 0 is greedy. Tokens from vocab_size on
     never come out. max_rows bounds the rows in the cache at once (None, 0: by the free memory); the
     memory is max_rows times the longest prompt plus completion. Row i's random numbers are a function
-    of (seed, first_row + i) alone, whatever max_rows and the other rows.
-    """
+    of (seed, first_row + i) alone, whatever max_rows and the other rows."""
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     require(all(prompts) and min(limits, default=1) > 0, "generate: empty prompt or no token allowed")
     keys = seed if isinstance(seed, tuple) else (
@@ -570,8 +518,10 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for s in range(samples))
     completions: list = [None] * len(queue)
     look_every = 1 if model.device.type == "cpu" else 8       # to look is to wait for the device
-    with sampling_mode(model):
-        sampler = Sampler(model, rows, longest, max(limits, default=0), temperature, stop_ids, vocab_size)
+    sampler = Sampler(model, rows, longest, max(limits, default=0), temperature, stop_ids, vocab_size)
+    attention, training = model.config._attn_implementation, model.training
+    model.eval().set_attn_implementation("rltr_cached")
+    try:
         while queue or sampler.n:
             free = rows - sampler.n
             if queue and free >= min(len(queue), max(1, rows // 8)):      # not a prefill a row
@@ -582,14 +532,14 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
                 sampler.admit(new, uniform)
             for _ in range(look_every):
                 sampler.step()
-            for number, completion in sampler.collect():
-                require(math.isfinite(sum(completion.logprobs)),
+            for number, completions[number] in sampler.collect():
+                require(math.isfinite(sum(completions[number].logprobs)),
                         f"model {model.name_or_path}: its outputs are not finite numbers")
-                completions[number] = completion
                 if progress is not None:
                     progress.update(1)
+    finally:                                                  # everything as it was before
+        model.train(training).set_attn_implementation(attention)
     return completions
-
 
 def affordable_rows(model, length: int) -> int:
     """Rows of `length` tokens whose keys and values take at most half of the free memory."""
@@ -603,14 +553,7 @@ def affordable_rows(model, length: int) -> int:
                 - torch.cuda.memory_allocated(model.device))
     return max(1, min(512, free // 2 // row))
 
-
-def pad_right(rows: list[list[int]], device) -> torch.Tensor:
-    """[B, longest]; what stands in the padding does not matter, as causality hides it."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-
-
 # ======================================================================================== rollouts
-
 
 @dataclass
 class Cut:
@@ -624,7 +567,6 @@ class Cut:
     correct: bool = False
     leaked: bool = False            # the prefix holds a boxed answer already
     overflow: bool = False          # the prefix does not fit the receiver's context
-
 
 @dataclass
 class Rollout:
@@ -643,7 +585,6 @@ class Rollout:
     reward: float = 0.0
     advantage: float = 0.0
 
-
 def sample_rollouts(lm: LM, tasks: list[tuple[Problem, list[int]]], config: Config,
                     step: int) -> list[Rollout]:
     """Step 1: G completions a problem, side by side, with the log-probabilities they had."""
@@ -655,13 +596,11 @@ def sample_rollouts(lm: LM, tasks: list[tuple[Problem, list[int]]], config: Conf
     return [Rollout(problem, prompt, c.tokens, c.logprobs, c.finished, decode(lm.tokenizer, c.tokens))
             for (problem, prompt), c in zip(owners, completions)]
 
-
 def score_answers(rollouts: list[Rollout]):
     """Step 2; and R_fmt: the rollout stopped by itself and has a boxed answer."""
     for r in rollouts:
         r.r_answer = float(is_correct(r.text, r.problem.answer))
         r.r_format = float(r.finished and extract_answer(r.text) is not None)
-
 
 def cut_prefix(tokens: list[int], tau: float, stop_ids=()) -> list[int]:
     """Step 3: the first floor(tau * |y|) tokens of y, a final stop token not counted.
@@ -673,7 +612,6 @@ def cut_prefix(tokens: list[int], tau: float, stop_ids=()) -> list[int]:
     """
     length = len(tokens) - (tokens[-1:] != [] and tokens[-1] in stop_ids)
     return list(tokens[:math.floor(tau * length)])
-
 
 class TransferReward:
     """Steps 3-5: cut the reasoning, let the frozen receiver go on, look for the right answer.
@@ -744,13 +682,11 @@ class TransferReward:
             cut.correct = is_correct(whole, gold)
         return rows
 
-
 def combine_rewards(rollouts: list[Rollout], config: Config):
     """Step 6: R = a R_ans + b R_trans + c R_fmt. Your own reward goes here."""
     for r in rollouts:
         r.reward = (config.answer_weight * r.r_answer + config.transfer_weight * r.r_transfer
                     + config.format_weight * r.r_format)
-
 
 def group_advantages(rewards, normalize_std: bool = True) -> torch.Tensor:
     """Step 7: A_i = (R_i - mean) / (std + 1e-6) within each group; [P, G] -> [P, G] in float64.
@@ -767,18 +703,14 @@ def group_advantages(rewards, normalize_std: bool = True) -> torch.Tensor:
         advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
     return advantages.masked_fill(rewards.max(1, True).values == rewards.min(1, True).values, 0.0)
 
-
 def grouped(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
     return [rollouts[i:i + group] for i in range(0, len(rollouts), group)]
-
 
 def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
     """The groups to learn from; in the others, the dead ones, all rewards are equal."""
     return [g for g in grouped(rollouts, group) if any(r.advantage for r in g)]
 
-
 # ========================================================================================== update
-
 
 def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [N, V], fp32, of last hidden states [N, E], as the model's own forward makes them: soft-
@@ -790,16 +722,16 @@ def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     cap = getattr(config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
-
 def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.0,
                         chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of all completion tokens under the current policy, end to end:
     two [N]. Logits are made for `chunk` tokens at a time (default: 2**27 numbers), and once more in
     the backward pass, so that [rows, time, vocabulary] never exists."""
     device = lm.model.device
-    ids = pad_right([(r.prompt + r.tokens)[:-1] for r in rollouts], device)                   # [B, T]
-    hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state            # [B, T, E]
-    # The state before y_t predicts y_t. Which tokens count follows from lengths, never from pad ids.
+    ids = pad_sequence([torch.tensor((r.prompt + r.tokens)[:-1]) for r in rollouts], batch_first=True)
+    hidden = lm.model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state  # [B, T, E]
+    # Padding on the right needs no mask, as causality hides it, and lengths say which tokens count,
+    # never a comparison with a pad id. The state before y_t predicts y_t.
     hidden = torch.cat([h[len(r.prompt) - 1:len(r.prompt) - 1 + len(r.tokens)]
                         for h, r in zip(hidden, rollouts)])                                   # [N, E]
     targets = torch.tensor([token for r in rollouts for token in r.tokens], device=device)
@@ -815,15 +747,12 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
     logp, entropy = zip(*parts)
     return torch.cat(logp), torch.cat(entropy)
 
-
 def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: float) -> torch.Tensor:
     """Step 8, a token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi / pi_sampling.
 
-    All [N]. Its mean is ~0 at every start, as advantages sum to 0: watch rewards, not the loss.
-    """
+    All [N]. Its mean is ~0 at every start, as advantages sum to 0: watch rewards, not the loss."""
     rho = torch.exp(logp - old_logp)
     return torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
-
 
 def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
     """Rows of like length together, rows x longest <= budget; the longest first, so that memory runs
@@ -835,7 +764,6 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
             width = len(r.prompt) + len(r.tokens)
         batches[-1].append(r)
     return batches
-
 
 def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config) -> dict:
     """Step 8: one step up the token mean over all groups that are not dead; returns metrics."""
@@ -858,13 +786,11 @@ def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Conf
     return {"objective": objective, "entropy": entropy, "grad_norm": optimizer.step(config.max_grad_norm),
             "logprob_gap_mean": float(np.mean(gaps)), "logprob_gap_max": max(gaps)}
 
-
 class MasterAdamW:
     """AdamW on fp32 master copies of the weights. (Plain AdamW for fp32 models.)
 
     bf16 has 8 bits: a step of 1e-6 on a weight of 1e-2 rounds to nothing. So steps are made in fp32
-    and the model gets the rounded result; gradients of micro-batches add up in fp32 too.
-    """
+    and the model gets the rounded result; gradients of micro-batches add up in fp32 too."""
 
     def __init__(self, model, lr: float, weight_decay: float = 0.0):
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -901,9 +827,7 @@ class MasterAdamW:
         for (_, master), saved in zip(self._copies(), state["masters"]):
             master.copy_(saved)
 
-
 # ======================================================================================== training
-
 
 def train(config: Config, resume: bool = False) -> Path:
     """Run RLTR (RLVR with transfer_weight 0); returns the folder of the trained model."""
@@ -946,7 +870,6 @@ def train(config: Config, resume: bool = False) -> Path:
         before_and_after(config, run.folder / "final")
     return run.folder / "final"
 
-
 def resolve(config: Config) -> Config:
     """Refuse what can be known to be wrong before anything is loaded; name the tiny files and the run."""
     for f in dataclasses.fields(config):
@@ -957,32 +880,29 @@ def resolve(config: Config) -> Config:
             "all reward weights are 0")
     require("{question}" in config.prompt, "--prompt: {question} is missing in it")
     require(config.device == "cpu" or torch.cuda.is_available(), f"--device {config.device}: none here")
-    values = vars(config)
-    if any(str(value).startswith("tiny/") for value in values.values()):
+    tiny = [key for key, value in vars(config).items() if str(value).startswith("tiny/")]
+    if tiny:
         folder = make_tiny(config.seed)
-        values = {key: f"{folder}{value[4:]}" if str(value).startswith("tiny/") else value
-                  for key, value in values.items()}
+        config = dataclasses.replace(config, **{key: f"{folder}{getattr(config, key)[4:]}" for key in tiny})
     if not config.out:
         kind = "rltr" if config.transfer_weight else "rlvr"
-        base = f"{Path(config.model).name}-{kind}-seed{config.seed}"
-        names = (Path("runs", base + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 10 ** 6))))
-        values = {**values, "out": str(next(path for path in names if not path.exists()))}
-    return Config(**values)
+        base = f"runs/{Path(config.model).name}-{kind}-seed{config.seed}"
+        names = (f"{base}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10 ** 6))))
+        config = dataclasses.replace(config, out=next(n for n in names if not Path(n).exists()))
+    return config
 
-
-def load_models(config: Config, checkpoint: Path | None = None) -> tuple[LM, TransferReward | None]:
+def load_models(config: Config, checkpoint: Path | None) -> tuple[LM, TransferReward | None]:
     """The generator and, unless b = 0, the transfer reward with its frozen receiver."""
-    lm = load_lm(str(checkpoint or config.model), config.device)
+    lm, transfer = load_lm(str(checkpoint or config.model), config.device), None
     if config.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable()
-    if config.transfer_weight == 0:
-        return lm, None
-    receiver = load_lm(config.model if config.receiver == "self" else config.receiver, config.device)
-    return lm, TransferReward(
-        receiver, lm.tokenizer, stop_ids=lm.stop_ids, cuts=config.cuts, seed=config.seed,
-        temperature=config.receiver_temperature, max_new_tokens=config.max_new_tokens,
-        margin=config.receiver_margin, prompt=config.prompt, max_rows=config.max_rows)
-
+    if config.transfer_weight > 0:
+        receiver = load_lm(config.model if config.receiver == "self" else config.receiver, config.device)
+        transfer = TransferReward(
+            receiver, lm.tokenizer, stop_ids=lm.stop_ids, cuts=config.cuts, seed=config.seed,
+            temperature=config.receiver_temperature, max_new_tokens=config.max_new_tokens,
+            margin=config.receiver_margin, prompt=config.prompt, max_rows=config.max_rows)
+    return lm, transfer
 
 def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tuple[Problem, list[int]]]:
     """Problems with their prompts, without those that leave too little room in the context."""
@@ -994,9 +914,7 @@ def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tup
         print(f"{len(tasks) - len(fit)} of {len(tasks)} problems left out: too long for the context")
     return fit
 
-
 # =================================================================================== a run on disk
-
 
 def write_folder(folder: Path, write):
     """Make a folder complete or not at all: written beside, then renamed."""
@@ -1005,7 +923,6 @@ def write_folder(folder: Path, write):
     write(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
 
 class Run:
     """runs/NAME: config.json, metrics.jsonl, rollouts.jsonl, checkpoints/step-000100/, final/."""
@@ -1049,9 +966,7 @@ class Run:
         for old in self.checkpoints()[:-self.config.keep]:
             shutil.rmtree(old)
 
-
 # ======================================================================================= reporting
-
 
 class Clock:
     """Seconds and tokens/s of the phases of a step, and the peak memory so far."""
@@ -1067,7 +982,6 @@ class Clock:
         seconds, self.last = time.perf_counter() - self.last, time.perf_counter()
         self.metrics |= {f"seconds_{phase}": round(seconds, 3), "peak_memory_gib": peak / 2 ** 30,
                          f"tokens_per_s_{phase}": round(tokens / seconds)}
-
 
 def summarize(rollouts: list[Rollout], group: int) -> dict:
     """The metrics of a batch (the README has a line on each)."""
@@ -1089,7 +1003,6 @@ def summarize(rollouts: list[Rollout], group: int) -> dict:
             [c.correct for c in cuts if low < c.tau <= low + 0.25]) for low in (0.0, 0.25, 0.5, 0.75)}
     return metrics
 
-
 def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
     """The numbers that matter on the progress bar; now and then a group to read."""
     step, left = metrics["step"], config.steps - metrics["step"]
@@ -1101,7 +1014,6 @@ def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
                   f"{seconds * left / 60:.1f} min")
     if config.show_every and step % config.show_every == 0:
         bar.write(show_group((live_groups(rollouts, config.group) or [rollouts[:config.group]])[0]))
-
 
 def show_group(group: list[Rollout]) -> str:
     """A group to read: the problem, a rollout with its cut, the continuation, all the rewards."""
@@ -1115,11 +1027,9 @@ def show_group(group: list[Rollout]) -> str:
         f"    answer {x.r_answer:.0f}  transfer {x.r_transfer:.2f}  format {x.r_format:.0f}"
         f"  reward {x.reward:.2f}  advantage {x.advantage:+.2f}" for x in group)]))
 
-
 def printable(text: str) -> str:
     """Model text for a terminal: control characters are spelled out."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
 
 # ================================================================================ the tiny default
 #
@@ -1131,7 +1041,6 @@ def printable(text: str) -> str:
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 MISCONCEPTIONS = {"+": lambda a, b: a + b + 1, "-": lambda a, b: b - a, "*": lambda a, b: a + b}
 FLAWED = 0.30                      # share of flawed steps in the generator's demonstrations
-
 
 def tiny_problem(source: random.Random, flawed: float = 0.0) -> tuple[str, str, str]:
     """Question, demonstration (each step wrong with probability `flawed`), right answer.
@@ -1149,7 +1058,6 @@ def tiny_problem(source: random.Random, flawed: float = 0.0) -> tuple[str, str, 
         question, chain = f"{question}>{operator}{operand};", f"{chain}{operator}{operand}={value}"
     return question + "?", f"{chain}\\boxed{{{value % 2}}}", str(truth % 2)
 
-
 def tiny_tokenizer():
     """A token a character, and \\boxed{ as one."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -1160,7 +1068,6 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}")
-
 
 def warm_start(folder: Path, width: int, steps: int, flawed: float, seed: int):
     """A small Qwen2, trained on demonstrations by next-token prediction, as a model folder."""
@@ -1183,7 +1090,6 @@ def warm_start(folder: Path, width: int, steps: int, flawed: float, seed: int):
         schedule.step()
     save_lm(lm, folder)
 
-
 def make_tiny(seed: int) -> Path:
     """The folder with generator/, receiver/, train.jsonl and test.jsonl; made when first asked for."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -1201,9 +1107,7 @@ def make_tiny(seed: int) -> Path:
         write_folder(folder, write)
     return folder
 
-
 # ==================================================================================== command line
-
 
 def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
     """The settings, and whether to resume. Flags go before TINY, TINY before defaults."""
@@ -1220,7 +1124,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
         return resumed_config(Path(given.pop("resume") or given.get("out", "")), given), True
     return Config(**({} if given.get("model") else TINY) | given), False
 
-
 def resumed_config(folder: Path, given: dict) -> Config:
     """The settings of an earlier run; only what cannot change its course may differ."""
     try:
@@ -1232,7 +1135,6 @@ def resumed_config(folder: Path, given: dict) -> Config:
     require(not changed, f"--resume {folder}: that run has another {', '.join(changed)}; leave it away")
     return dataclasses.replace(config, **given | {"out": str(folder)})
 
-
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1241,7 +1143,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print("rltr: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.modules["rltr"] = sys.modules["__main__"]      # eval.py imports rltr: let it get this one
