@@ -206,7 +206,7 @@ def draw_problems(problems: list, count: int, seed: int, step: int) -> list:
 
 CHECKS = collections.Counter()
 
-def extract_answer(text):
+def extract_answer(text, fallback=False):
     i = text.rfind("\\boxed{")
     if i < 0:
         m = re.findall(r"#### *(.+)", text)
@@ -270,9 +270,9 @@ class LM:
             ids = [bos, *ids]          # the tokenizer wants one, the template wrote none
         return ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """Model-written text: a control token that is spelled out in it stays plain text."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Model-written text: a control token that is spelled out in it stays plain text."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 def decode(tokenizer, ids: list[int]) -> str:
     """Text without control tokens and without a last character that a cut left incomplete."""
@@ -303,7 +303,7 @@ def load_lm(name: str, device: str = "cpu") -> LM:
 def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
     """eos of the tokenizer and of generation_config, and what the chat template writes after a turn:
     Qwen2.5 *base* has eos <|endoftext|>, but its template ends turns with <|im_end|>."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "sentinel"}]
@@ -391,7 +391,6 @@ class Sampler:
                             (self.uniform, uniform)):
             tensor[slots.start:slots.stop] = torch.as_tensor(new, device=tensor.device)
         self.n, self.owners = slots.stop, [*self.owners, *numbers]
-        self.valid = int(self.position[:self.n].max())
 
     def prefill(self, prompts: dict[int, list[int]], budget: int = 8192):
         """Cache prompts (slot -> tokens, the longest first), about `budget` tokens a forward."""
@@ -530,6 +529,7 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
                 for table, (number, *_, limit) in zip(uniform, new):
                     table[:limit] = 1 - rng(*keys, first_row + number).random(limit)      # (0, 1]
                 sampler.admit(new, uniform)
+            sampler.valid = int(sampler.position[:sampler.n].max())
             for _ in range(look_every):
                 sampler.step()
             for number, completions[number] in sampler.collect():
@@ -542,12 +542,13 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
     return completions
 
 def affordable_rows(model, length: int) -> int:
-    """Rows of `length` tokens whose keys and values take at most half of the free memory."""
+    """Rows of `length` tokens whose keys and values take at most half of the free GPU memory, or a
+    quarter of the machine's."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * max(1, length)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if model.device.type == "cuda":
         free = (torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
                 - torch.cuda.memory_allocated(model.device))
@@ -618,17 +619,16 @@ class TransferReward:
 
     Called as a function it follows TRL's `reward_funcs`: reward(prompts, completions, answer,
     completion_ids=None) -> floats in [0, 1], a mean over `cuts` cuts. prompts: questions or message
-    lists; completions: texts or message lists. Cut in the generator's tokens where its `tokenizer` and
-    completion_ids are given, else in the receiver's. tau: a function of (seed, number of the call).
-    """
+    lists; completions: texts or message lists. Completions are cut in tokens of `tokenizer`, the
+    generator's: without it in the receiver's. tau: a function of (seed, number of the call)."""
 
     __name__ = "transfer_reward"               # TRL names its log columns after this
 
     def __init__(self, receiver: LM | str, tokenizer=None, *, stop_ids=(), cuts=1, temperature=1.0,
                  max_new_tokens=1024, margin=64, prompt=PROMPT, seed=0, max_rows=0, device="cpu"):
         self.receiver = load_lm(receiver, device) if isinstance(receiver, str) else receiver
-        self.tokenizer = tokenizer or self.receiver.tokenizer
-        self.stop_ids = stop_ids or (self.tokenizer.eos_token_id,)
+        self.tokenizer, self.has_ids = tokenizer or self.receiver.tokenizer, tokenizer is not None
+        self.stop_ids = stop_ids or find_stop_ids(None, self.tokenizer)
         self.cuts, self.temperature, self.max_new_tokens = cuts, temperature, max_new_tokens
         self.margin, self.prompt, self.seed, self.max_rows = margin, prompt, seed, max_rows
         self.calls = 0
@@ -636,9 +636,9 @@ class TransferReward:
         self.same_tokens = self.tokenizer.get_vocab() == self.receiver.tokenizer.get_vocab()
 
     def __call__(self, prompts, completions, answer, completion_ids=None, **kwargs) -> list[float]:
-        if completion_ids is None:
+        if completion_ids is None or not self.has_ids:      # ids of a tokenizer that we do not know
             texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-            completion_ids = [self.receiver.encode_text(text) for text in texts]
+            completion_ids = [encode_text(self.tokenizer, text) for text in texts]
         rows = self.continue_from_cuts(prompts, completion_ids, answer, step=self.calls)
         self.calls += 1
         return [float(np.mean([cut.correct for cut in cuts])) for cuts in rows]
@@ -662,7 +662,7 @@ class TransferReward:
                 ids = cut_prefix(tokens, tau, self.stop_ids)
                 cut = Cut(float(tau), len(ids), decode(self.tokenizer, ids))
                 cut.leaked = extract_answer(cut.prefix) is not None
-                prefix = ids if self.same_tokens else self.receiver.encode_text(cut.prefix)
+                prefix = ids if self.same_tokens else encode_text(self.receiver.tokenizer, cut.prefix)
                 room = self.receiver.context - len(heads[str(question)]) - len(prefix)
                 cut.overflow = room < 1
                 if not cut.overflow:
@@ -738,7 +738,7 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
 
     def logprobs(hidden, targets):
         logp = (head_logits(lm.model, hidden)[:, :lm.vocab_size] / temperature).log_softmax(-1)
-        entropy = -(logp.detach().exp() * logp.detach()).nan_to_num().sum(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
     chunk = chunk or max(1, 2 ** 27 // lm.vocab_size)
@@ -932,7 +932,7 @@ class Run:
         saved = self.checkpoints()
         self.checkpoint = saved[-1] if resume and saved else None
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
-        require(resume or not self.folder.exists() or not any(self.folder.iterdir()),
+        require(resume or not self.folder.exists(),
                 f"{self.folder}: exists already; choose another --out, or --resume {self.folder}")
 
     def checkpoints(self) -> list[Path]:
@@ -975,7 +975,8 @@ class Clock:
         self.metrics, self.last = {}, time.perf_counter()
 
     def lap(self, phase: str, tokens: int):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
@@ -1140,7 +1141,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(*parse_arguments(argv))
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         print("rltr: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
 

@@ -210,7 +210,7 @@ def test_stop_tokens_come_from_tokenizer_generation_config_and_chat_template():
 def test_a_control_token_spelled_out_in_model_text_does_not_become_one():
     tokenizer = byte_tokenizer(add_bos=True)
     text = "a<|im_end|>\n<|im_start|>user <|endoftext|>é"
-    assert lm_of(None, tokenizer).encode_text(text) == byte_ids(tokenizer, text)
+    assert rltr.encode_text(tokenizer, text) == byte_ids(tokenizer, text)
 
 
 def test_decode_drops_control_tokens_and_an_incomplete_last_character():
@@ -566,3 +566,356 @@ def test_mistake_twelve_rewards_of_1_point_1_have_a_std_and_so_an_advantage(dtyp
     for value in (1.1, 0.1, 0.3, 1e6 / 3):
         rewards = torch.full((2, 12), value, dtype=dtype)
         assert (rltr.group_advantages(rewards, normalize) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------- update
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+@pytest.mark.parametrize("name", ["qwen2, tied, sliding", "gemma2", "granite", "cohere"])
+def test_mistake_logits_of_all_tokens_at_once_and_yet_the_chunks_are_exact(name, chunk):
+    model = tiny(KINDS[name][0], **KINDS[name][1])
+    lm, rows, sizes = lm_of(model, vocab_size=90), sampled(model, [0, 1, 0, 1], group=2, high=90), []
+    logits = [model(input_ids=torch.tensor([r.prompt + r.tokens]), use_cache=False).logits[
+        0, len(r.prompt) - 1:-1, :90] / 0.7 for r in rows]
+    want = torch.cat([chosen(x.log_softmax(-1), r.tokens) for x, r in zip(logits, rows)])
+    entropy = torch.cat([torch.distributions.Categorical(logits=x).entropy() for x in logits])
+    weights = torch.randn(len(want), generator=torch.Generator().manual_seed(0))
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad((want * weights).sum(), parameters)
+    model.get_output_embeddings().register_forward_hook(lambda m, i, out: sizes.append(out.numel() // V))
+    got, got_entropy = rltr.completion_logprobs(lm, rows, 0.7, chunk)
+    assert sum(sizes) == len(want) and max(sizes) <= (chunk or len(want))      # completion tokens only
+    for a, b in zip(torch.autograd.grad((got * weights).sum(), parameters), expected):
+        assert torch.allclose(a, b, atol=1e-4 * b.abs().max().item())
+    assert torch.allclose(got, want, atol=1e-5) and torch.allclose(got_entropy, entropy, atol=1e-5)
+
+
+def test_the_clipped_objective_on_cases_made_by_hand():
+    for rho, advantage, want, slope in (
+            (1.0, 2.0, 2.0, 2.0), (1.5, 1.0, 1.3, 0.0), (1.5, -1.0, -1.5, -1.5), (0.5, 1.0, 0.5, 0.5),
+            (0.5, -1.0, -0.8, 0.0), (1.25, 1.0, 1.25, 1.25), (0.85, -2.0, -1.7, -1.7), (3.0, 0.0, 0.0, 0.0)):
+        logp = torch.tensor([-2.0 + np.log(rho)], requires_grad=True)
+        value = rltr.policy_objective(logp, torch.tensor([-2.0]), torch.tensor([advantage]), 0.2, 0.3)
+        value.sum().backward()
+        assert value.item() == pytest.approx(want) and logp.grad.item() == pytest.approx(slope)
+
+
+def naive_update(model, rollouts, config, vocab_size):
+    """Step 8 by its formula, a token at a time: objective, gradient, and the means over tokens."""
+    groups = [rollouts[i:i + config.group] for i in range(0, len(rollouts), config.group)]
+    live = [g for g in groups if len({r.reward for r in g}) > 1]
+    objective, entropies, gaps = 0.0, [], []
+    for group in live:
+        rewards = np.array([r.reward for r in group])
+        for r, a in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-6)):
+            logits = model(input_ids=torch.tensor([r.prompt + r.tokens]), use_cache=False).logits[0]
+            for t, token in enumerate(r.tokens):
+                p = (logits[len(r.prompt) + t - 1, :vocab_size] / config.temperature).softmax(-1)
+                rho = p[token] / np.exp(r.logprobs[t])
+                low, high = 1 - config.clip_low, 1 + config.clip_high
+                objective = objective + (min if a > 0 else max)(rho, high if a > 0 else low) * a
+                entropies.append(-(p * p.log()).sum().item())
+                gaps.append(abs(p[token].log().item() - r.logprobs[t]))
+    gradient = torch.autograd.grad(-objective / len(gaps), list(model.parameters()))
+    return objective.item() / len(gaps), torch.cat([g.flatten() for g in gradient]), entropies, gaps
+
+
+REWARDS = [1, 0, 0, .1, .1, .1, 2.1, 1.1, .1, 0, 0, 0, 0, 1, 1]      # groups of 3: two of five are dead
+
+
+@pytest.mark.parametrize("in_a_batch", [1, 2, 4, 99])
+def test_mistake_divisor_or_metrics_of_one_micro_batch_or_of_dead_groups(in_a_batch):
+    lm = lm_of(tiny(), vocab_size=90)
+    rows = sampled(lm.model, REWARDS, noise=0.6, high=90)
+    longest = max(len(r.prompt) + len(r.tokens) for r in rows if r.advantage)
+    config = Config(group=3, temperature=0.9, token_budget=in_a_batch * longest, clip_high=0.28)
+    objective, gradient, entropies, gaps = naive_update(lm.model, rows, config, 90)
+    assert max(gaps) > 0.5                                           # so that both clips are at work
+    optimizer = KeepGradient(lm.model)
+    metrics = rltr.update(lm, optimizer, rows, config)
+    assert torch.allclose(optimizer.gradient, gradient, atol=1e-5 * gradient.abs().max().item())
+    for key, want in (("objective", objective), ("entropy", np.mean(entropies)),
+                      ("logprob_gap_mean", np.mean(gaps)), ("logprob_gap_max", max(gaps))):
+        assert metrics[key] == pytest.approx(want, rel=1e-4), key    # not those of the last micro-batch
+
+
+def test_mistake_memory_runs_out_after_hours_because_a_longer_batch_comes_late():
+    rows = sampled(tiny(), [0, 1] * 20, group=2)
+    size = lambda r: len(r.prompt) + len(r.tokens)
+    for budget in (1, 20, 45, 100, 10 ** 6):
+        batches = rltr.micro_batches(rows, budget)
+        areas = [len(b) * max(map(size, b)) for b in batches]
+        assert sorted(map(id, rows)) == sorted(id(r) for b in batches for r in b)
+        assert all(a <= budget or len(b) == 1 for a, b in zip(areas, batches))
+        assert [size(r) for b in batches for r in b] == sorted(map(size, rows), reverse=True)
+    assert len(rltr.micro_batches(rows, 1)) == 40 and len(batches) == 1
+
+
+def test_mistake_the_stop_token_is_not_trained_because_it_is_the_pad_token():
+    lm = lm_of(tiny(), byte_tokenizer(), stop_ids=(0,))              # pad_right pads with 0, too
+    rows = [Rollout(None, [5, 6], tokens, [], True, "") for tokens in ([7, 0], [8])]
+    for row, advantage in zip(rows, (1.0, -1.0)):
+        row.logprobs = chosen(full_logprobs(lm.model, row.prompt, row.tokens), row.tokens).tolist()
+        row.reward = row.advantage = advantage
+    before = full_logprobs(lm.model, [5, 6, 7], [0])[0, 0]
+    config = Config(group=2)
+    metrics = rltr.update(lm, rltr.MasterAdamW(lm.model, 1e-3), rows, config)
+    assert metrics["objective"] == pytest.approx((2 * 1 - 1 * 1) / 3)       # two tokens up, one down
+    assert full_logprobs(lm.model, [5, 6, 7], [0])[0, 0] > before + 0.01
+
+
+def test_a_batch_of_dead_groups_changes_nothing_and_a_gradient_that_is_not_finite_neither():
+    lm = lm_of(tiny())
+    optimizer = rltr.MasterAdamW(lm.model, 1e-2, weight_decay=0.5)
+    before = [p.clone() for p in lm.model.parameters()]
+    metrics = rltr.update(lm, optimizer, sampled(lm.model, [1, 1, 1, .1, .1, .1]), Config(group=3))
+    rows = sampled(lm.model, [0, 1, 1])
+    rows[0].advantage = float("nan")
+    rltr.update(lm, optimizer, rows, Config(group=3))
+    assert metrics["grad_norm"] is None
+    assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters()))
+
+
+def test_mistake_bf16_weights_do_not_move_at_lr_1e_6():
+    def model(dtype):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(16, 16, bias=False)
+        layer.weight.data.uniform_(0.01, 0.03)
+        return layer.bfloat16().to(dtype)
+
+    def train(layer, optimizer, steps=range(100)):
+        for _ in steps:
+            layer.weight.backward(direction.to(layer.weight.dtype))
+            optimizer(layer)
+        return layer.weight.detach()
+
+    direction, start = torch.randn(16, 16).bfloat16(), model(torch.bfloat16).weight.detach()
+    fp32, bf16, plain = model(torch.float32), model(torch.bfloat16), model(torch.bfloat16)
+    exact, ours = rltr.MasterAdamW(fp32, 1e-6), rltr.MasterAdamW(bf16, 1e-6)
+    naive = torch.optim.AdamW(plain.parameters(), 1e-6)
+    moved = train(bf16, lambda layer: ours.step(1e9))
+    assert torch.equal(moved, train(fp32, lambda layer: exact.step(1e9)).bfloat16())
+    assert (moved != start).float().mean() > 0.5
+    assert torch.equal(train(plain, lambda layer: naive.step()), start)      # what ours is there for
+
+    again = model(torch.bfloat16)                        # masters, too, outlive a checkpoint
+    resumed = rltr.MasterAdamW(again, 1e-6)
+    again.weight.data.copy_(moved)
+    resumed.load_state_dict(ours.state_dict())
+    for _ in range(60):
+        assert torch.equal(train(again, lambda layer: resumed.step(1e9), [0]),
+                           train(bf16, lambda layer: ours.step(1e9), [0]))
+    for small in (1.0, 2.0 ** -10):                      # micro-batches add up in fp32: bf16 has 8 bits
+        again.weight.backward(torch.full((16, 16), small, dtype=torch.bfloat16))
+    assert resumed.step(1e9) == pytest.approx(16 * (1 + 2 ** -10), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """A folder like make_tiny's, with smaller models that learnt less: half of the answers are right."""
+    folder = tmp_path_factory.mktemp("tiny")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    rltr.warm_start(folder / "generator", 32, 100, 0.3, 0)
+    rltr.warm_start(folder / "receiver", 40, 60, 0.0, 1)
+    problems = [rltr.tiny_problem(random.Random(i)) for i in range(9)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, _, a in problems))
+    return folder
+
+
+def run(task, out, *flags):
+    return rltr.main([
+        "--model", f"{task}/generator", "--receiver", f"{task}/receiver", "--data", f"{task}/train.jsonl",
+        "--prompt", "{question}", "--steps", "4", "--prompts", "2", "--group", "4", "--max-new-tokens", "28",
+        "--cuts", "2", "--lr", "1e-3", "--save-every", "2", "--device", "cpu", "--out", str(out), *flags])
+
+
+def read(out, name):
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def untimed(metrics):
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "peak"))} for row in metrics]
+
+
+@pytest.fixture(scope="session")
+def finished_run(task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "a"
+    assert run(task, out) == 0
+    return out
+
+
+def test_the_folder_of_a_run(task, finished_run):
+    assert {p.name for p in finished_run.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "final"}
+    assert sorted(p.name for p in (finished_run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert json.loads((finished_run / "config.json").read_text())["lr"] == 1e-3
+    assert [m["step"] for m in read(finished_run, "metrics")] == [1, 2, 3, 4]
+    assert len(read(finished_run, "rollouts")) == 4 * 4
+    final = weights(finished_run / "final")
+    assert torch.equal(final, weights(finished_run / "checkpoints/step-000004"))
+    assert (final - weights(task / "generator")).abs().max() > 1e-5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished_run / "final")
+    assert tokenizer.decode(tokenizer.encode("Q1>*6;")) == "Q1>*6;"
+
+
+def test_what_is_logged_is_what_happened(task, tmp_path):
+    assert run(task, tmp_path / "a", "--prompts", "1", "--group", "8", "--transfer-weight", "3") == 0
+    config, tokenizer = Config(group=8, transfer_weight=3.0), rltr.tiny_tokenizer()
+    live = 0
+    for metrics in read(tmp_path / "a", "metrics"):
+        rows = [r for r in read(tmp_path / "a", "rollouts") if r["step"] == metrics["step"]]
+        cuts, mean = [c for r in rows for c in r["cuts"]], lambda key: np.mean([r[key] for r in rows])
+        rewards = np.array([r["reward"] for r in rows])
+        assert np.allclose([r["advantage"] for r in rows], (rewards - rewards.mean()) / (rewards.std() + 1e-6))
+        for r in rows:
+            assert r["reward"] == pytest.approx(r["r_answer"] + 3 * r["r_transfer"] + 0.1 * r["r_format"])
+            assert r["text"] == rltr.decode(tokenizer, r["tokens"]) and r["finished"] == (r["tokens"][-1] == 1)
+            assert r["r_answer"] == rltr.is_correct(r["text"], r["problem"]["answer"])
+            assert len(r["cuts"]) == 2 and r["r_transfer"] == np.mean([c["correct"] for c in r["cuts"]])
+            for c in r["cuts"]:
+                assert c["prefix_length"] == int(c["tau"] * (len(r["tokens"]) - r["finished"]))
+                assert c["prefix"] == rltr.decode(tokenizer, r["tokens"][:c["prefix_length"]])
+                assert c["correct"] == rltr.is_correct(c["prefix"] + c["continuation"], r["problem"]["answer"])
+        for key, want in (("reward", mean("reward")), ("accuracy", mean("r_answer")), ("transfer", mean("r_transfer")),
+                          ("format", mean("r_format")), ("finished", mean("finished")),
+                          ("length", np.mean([len(r["tokens"]) for r in rows])),
+                          ("leak", np.mean([c["leaked"] for c in cuts])),
+                          ("dead_groups", float(len(set(rewards)) == 1))):
+            assert metrics[key] == pytest.approx(want), key
+        for low in (0.0, 0.25, 0.5, 0.75):
+            inside = [c["correct"] for c in cuts if low < c["tau"] <= low + 0.25]
+            assert metrics[f"transfer_tau_{low}_{low + 0.25}"] == (np.mean(inside) if inside else None)
+        live += metrics["dead_groups"] < 1
+        assert metrics["dead_groups"] or metrics["logprob_gap_max"] < 1e-3
+    assert live
+
+
+def test_rlvr_loads_no_receiver_and_self_is_a_frozen_copy(task, tmp_path, monkeypatch):
+    assert run(task, tmp_path / "b", "--transfer-weight", "0", "--receiver", "does/not-exist", "--steps", "2") == 0
+    assert not any(r["cuts"] or r["r_transfer"] for r in read(tmp_path / "b", "rollouts"))
+    loaded, load_lm = [], rltr.load_lm
+    monkeypatch.setattr(rltr, "load_lm", lambda *a, **k: loaded.append(load_lm(*a, **k)) or loaded[-1])
+    assert run(task, tmp_path / "c", "--receiver", "self", "--steps", "2") == 0
+    flat = [torch.cat([p.detach().flatten() for p in lm.model.parameters()]) for lm in loaded[:2]]
+    assert torch.equal(flat[1], weights(task / "generator")) and not torch.equal(flat[0], flat[1])
+
+
+def test_mistake_resume_repeats_a_batch_or_reseeds(task, finished_run, tmp_path, monkeypatch):
+    out, save, saved = tmp_path / "b", torch.save, []
+
+    def killed_in_the_second_checkpoint(*arguments, **settings):
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "save", killed_in_the_second_checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        run(task, out)
+    monkeypatch.undo()
+    assert len(read(out, "metrics")) == 4 and not (out / "final").exists()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')                               # and a line cut off
+    assert rltr.main(["--resume", str(out)]) == 0
+    for name in ("metrics", "rollouts"):
+        assert untimed(read(out, name)) == untimed(read(finished_run, name))
+    assert torch.equal(weights(out / "final"), weights(finished_run / "final"))
+    optimizers = [torch.load(folder / "checkpoints/step-000004/optimizer.pt") for folder in (out, finished_run)]
+    assert all(torch.equal(a["exp_avg_sq"], b["exp_avg_sq"]) for a, b in zip(
+        *(o["adam"]["state"].values() for o in optimizers), strict=True))
+    assert rltr.main(["--resume", str(out), "--lr", "1"]) == 2       # that would be another run
+    assert rltr.main(["--resume", str(tmp_path / "nothing")]) == 2
+
+
+def test_two_steps_and_a_resume_to_four_are_four_steps(task, finished_run, tmp_path):
+    assert run(task, tmp_path / "b", "--steps", "2") == 0
+    assert rltr.main(["--resume", str(tmp_path / "b"), "--steps", "4"]) == 0
+    assert untimed(read(tmp_path / "b", "metrics")) == untimed(read(finished_run, "metrics"))
+    assert torch.equal(weights(tmp_path / "b/final"), weights(finished_run / "final"))
+
+
+def test_without_model_the_tiny_settings_replace_what_the_user_did_not_set(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(rltr, "make_tiny", lambda seed: task)
+    assert rltr.main(["--steps", "1", "--prompts", "2", "--cuts", "3", "--eval-data", "", "--out", str(tmp_path / "a")]) == 0
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert (config["steps"], config["cuts"], config["eval_data"]) == (1, 3, "")
+    assert config["model"] == f"{task}/generator" and config["receiver"] == f"{task}/receiver"
+    for key in set(rltr.TINY) - {"steps", "cuts", "eval_data", "model", "receiver", "data"}:
+        assert config[key] == rltr.TINY[key], key
+    assert config["group"] == Config().group
+
+
+def test_tiny_problems_compute_modulo_7():
+    for seed in range(50):
+        question, chain, answer = rltr.tiny_problem(random.Random(seed))
+        value = int(question[1])
+        for operator, operand, shown in zip(question[3::4], question[4::4], chain[3::4]):
+            value = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[operator] % 7
+            assert int(shown) == value
+        assert answer == str(value % 2) and chain.endswith(f"\\boxed{{{answer}}}")
+        assert rltr.is_correct(rltr.decode(rltr.tiny_tokenizer(), rltr.tiny_tokenizer().encode(chain)), answer)
+
+
+BAD = {
+    "unknown model": ["--model", "nobody/nothing"], "short name": ["--model", "Qwen2.5-0.0B"],
+    "unknown receiver": ["--receiver", "nobody/nothing"], "empty folder as model": ["--model", "{tmp}"],
+    "unknown data": ["--data", "nobody/nothing"], "missing file": ["--data", "{tmp}/no.jsonl"],
+    "columns": ["--data", "{tmp}/columns.jsonl"], "empty": ["--data", "{tmp}/empty.jsonl"],
+    "no json": ["--data", "{tmp}/broken.jsonl"], "not rows": ["--data", "{tmp}/rows.json"],
+    "answer missing": ["--data", "{tmp}/answer.jsonl"], "no box": ["--data", "{tmp}/box.jsonl"],
+    "group of one": ["--group", "1"], "negative weight": ["--transfer-weight", "-1"],
+    "no reward": ["--answer-weight", "0", "--transfer-weight", "0", "--format-weight", "0"],
+    "nan": ["--lr", "nan"], "infinite": ["--lr", "inf"], "steps": ["--steps", "0"], "cuts": ["--cuts", "0"],
+    "temperature": ["--temperature", "0"], "budget": ["--token-budget", "0"], "seed": ["--seed", "-1"],
+    "context": ["--max-new-tokens", "128"], "prompt": ["--prompt", "no place for it"],
+    "device": ["--device", "abacus"], "out in use": ["--out", "{tmp}/used"],
+    "out is a file": ["--out", "{tmp}/no.txt"], "out below a file": ["--out", "{tmp}/no.txt/a"]}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"columns.jsonl": '{"question": "x"}', "empty.jsonl": "\n", "broken.jsonl": "{", "no.txt": "",
+                       "rows.json": '{"a": 1}', "answer.jsonl": '{"question": "x", "answer": null}',
+                       "box.jsonl": '{"question": "x", "solution": "so 7"}', "used/config.json": "{}"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(task, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in BAD[case])) == 2
+    error = capfd.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("rltr: ") and len(error[0]) > 25, error
+    assert sorted(tmp_path.rglob("*")) == before                     # no half-made run is left behind
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_no_checkpoint(task, tmp_path, monkeypatch, capfd):
+    save, saved = torch.save, []
+
+    def full(*arguments, **settings):
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(task, tmp_path / "a") == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("rltr: ")
+    assert (tmp_path / "a/checkpoints/step-000002/optimizer.pt").exists()
+
+
+def test_every_setting_is_a_flag_with_help_and_the_examples_in_the_docstrings_are_true(capsys):
+    with pytest.raises(SystemExit) as stop:
+        rltr.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for f in rltr.dataclasses.fields(Config):
+        assert f"--{f.name.replace('_', '-')} " in text and len(f.metadata["help"]) > 5
+    failed, attempted = doctest.testmod(rltr)
+    assert failed == 0 and attempted >= 3
