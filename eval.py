@@ -289,7 +289,7 @@ FLAGS = [                                        # name, default, least value (N
     ("model", "", None, "folder or hub name of the model to evaluate"),
     ("samples", "", None, "file of completions to score instead of a model's"),
     ("data", "math500", None, "short name, hub id or local file, as in rltr.py"),
-    ("split", "", None, "of a hub data set; empty: test where there is one"),
+    ("split", "", None, "of a hub data set; empty: test, or the only one there is"),
     ("k", None, 1, "completions a problem (default: 64; of --samples: all there are)"),
     ("out", "", None, "folder of result.json and completions.jsonl; goes on with what is there"),
     ("prompt", "", None, "with {question}; empty: that of the run the model comes from"),

@@ -31,11 +31,15 @@ Ours, where what we know of the paper leaves it open (each is a flag or one func
 from __future__ import annotations
 
 import argparse
+import cmath
 import collections
 import csv
 import dataclasses
+import functools
+import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -43,7 +47,9 @@ import resource
 import shutil
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import huggingface_hub
@@ -144,8 +150,8 @@ def load_problems(source: str, split: str | None = None, limit: int | None = Non
     """Problems of a short name (SOURCES), a hub id, or a local .jsonl, .json, .csv or .parquet file.
 
     Columns: question | problem | prompt, and answer | solution, of which GSM8K's `#### 18` or the
-    last `\\boxed{}` is taken. split None: the one called `prefer` where there is one, else the first; a
-    local file is one split. Raises UserError naming the source and the row."""
+    last `\\boxed{}` is taken. split None: the one called `prefer`, or the only one there is; a local
+    file is one split. Raises UserError naming the source and the row."""
     rows = _read_rows(source, split, prefer)
     require(rows, f"{source}: no rows")
     question, answer = (next((c for c in names if c in rows[0]), None) for names in (
@@ -183,7 +189,7 @@ def _read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
         raise
     except Exception as error:            # each reader has failures of its own: say which
         raise UserError(f"{source}: cannot be read: {error}") from None
-    split = split or (prefer if prefer in splits else next(iter(splits)))
+    split = split or (prefer if prefer in splits or len(splits) > 1 else next(iter(splits)))
     require(split in splits, f"{source}: no split {split}; it has {', '.join(splits)}")
     return list(splits[split])
 
@@ -203,26 +209,210 @@ def draw_problems(problems: list, count: int, seed: int, step: int) -> list:
     return [problems[epochs[i // size][i % size]] for i in range(first, first + count)]
 
 # ======================================================================================== answers
+#
+# RL finds every wrong answer that passes, so in doubt the verdict is "not equal". Model text is never
+# executed; the length of answers, the size of numbers and the number of steps are limited.
 
-CHECKS = collections.Counter()
+CHECKS = collections.Counter()  # to log: 'missing' answers, 'unparsed' ones, 'compared_as_text' (also these)
+MAX_BOX, MAX_CHARS, MAX_STEPS, MAX_BITS = 10_000, 600, 400, 8_000
+SYMBOLS = {form: row.split()[0] for row in (  # the first form of a row stands for all
+    r'* \cdot \times × · ⋅', r'/ \div ÷ ⁄', '- − – —', r'± \pm', r'= \approx ≈', r'≠ \ne \neq !=',
+    r'< \lt', r'> \gt', r'≤ \le \leq \leqslant <=', r'≥ \ge \geq \geqslant >=', r'∈ \in', r'∪ \cup',
+    '^ **', r'% \%', r'⦃ \{', r'⦄ \}', r'∞ \infty \infinity', r'π \pi', r'\frac \dfrac \tfrac',
+    r'∖ \setminus', r'√ \sqrt', r"' \prime ′ ’", r'° \circ \degree') for form in row.split()}
+REWRITES = [(re.compile(pattern), new) for pattern, new in (  # the rest; the order matters
+    ('[⁰¹²³⁴-⁹⁺⁻]+', r'^{\g<0>}'), ('[¼-¾⅐-⅞]', r' \g<0>'),  # x² 2½
+    (r'[^\x00-\x7f]+', lambda m: unicodedata.normalize('NFKC', m[0])),
+    (r'\\begin ?\{[pb]?matrix\}', '(('), (r'(\\\\\s*)?\\end ?\{[pb]?matrix\}', '))'),
+    (r'(?<=\d)(?:\{,\}|,\\!|\\[,;: ]|[~ ]) ?(?=(?:\d{3})+(?!\d| ?/))', ''),  # 1{,}000  1\,000
+    (r'\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|limits)(?![A-Za-z])\.?|\\!', ''),
+    (r'\\\\', '),('), ('&', ','), (r'\\[,;:> ]|\\q?quad(?![A-Za-z])|[~\s]+', ' '),  # matrix
+    (r'\\?[$€£¥]|\\[()\[\]]|\\(?:math(?:bb|bf|cal|it|sf)|boldsymbol|vec)(?![A-Za-z])', ''),
+    (r'(?<=[\d}]) ?\\(?:mathrm|text) ?\{ ?([A-Za-cf-hj-z])(?![A-Za-z.])', r' \\text{\1unit'),  # 5 m
+    (r'\\(?:text[a-z]*|mathrm|[mh]box|operatorname) ?\{([^{}]*)\}', r' \1 '),
+    (r'(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|log|exp|pi|infinity)(?![A-Za-z])', r'\\\1 '),
+    (r'\\[A-Za-z]+|\\[{}%]|[<>!]=|\*\*|[^\x00-\x7f]', lambda m: SYMBOLS.get(m[0], m[0])),
+    (r'(?<=\d)(?<!\d{4}),(?=\d{3}(?!\d)[^)\]⦄]*$)', ''),  # outside of brackets 1,000 is a number
+    (r"\^ ?\{? ?(°|'[' ]*)\}?", r'\1'), (r'\bdegrees?\b', '°'), (r'\bper ?cent\b', '%'),
+    (r'(?<=\d) ?\^? ?\{? ?(?:st|nd|rd|th)\b ?\}?', ''), (r'\\frac ?(\d) ?(\d)', r'\\frac{\1}{\2}'),
+    (r'\b(?=hundred|dozen|thousand|[mb]illion)', r'\\nounit '), (r'(?<=\d) ?x ?(?=10\^)', '*'),
+    (r'(?<![\w.^}])(\d+) (\d+) ?/ ?(\d+)(?![\d.])', r'\1\\frac{\2}{\3}'),  # 1 2/3
+    (r'(?<![\d.^_])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})', r'(\1+\2)'),  # a mixed number
+    (r',? *\b(?:and|or)\b', ','), (r'\s+', ' '), (r'(?<=\W) | (?=\W)', ''), (r'^ +|[ .,;:]+$', ''),
+    (r'([_^])\{(\w)\}(?!\w)', r'\1\2'), (r'^(?:[Aa]ll real numbers$|\{?R\}?(?=$|∖))', '(-∞,∞)'),
+    (r'([(\[])([^(),]*),([^(),]*)([)\]])∖⦃([^,⦄]*)⦄', r'\1\2,\5)∪(\5,\3\4'))]  # (1,3) without {2}
+GREEK = 'alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega'
+NAME = rf"(?:[A-Za-zπ°∞]|\\(?:{GREEK})(?![A-Za-z])|\d+(?=_))'*(?:_(?:\{{[^{{}}]*\}}|\w))?"  # 21_3
+TOKEN = rf'\s*({NAME}|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d))?|\\[A-Za-z]+|\S)'
+NAMED = re.compile(r"(?!\(\W*\d)([A-Za-z\\{},:/'| ]|\([\w,.|-]*\)|_\w|_\{[^{}]*\})+")  # x, f(2)
+TEXT = re.compile(r"[A-Za-z '.!?()-]*(?:[A-Za-z]{3}|\b[nN][oO]\b)[A-Za-z '.!?()-]*")
+UNIT = re.compile(r'(.*[0-9π)}.]) ?((?:\b[A-Za-z]{3,}\b|%|°|(?:[cmk]m|k?g|ft|in|lbs?|hrs?|mph)\b)'
+                  r'(?:[ */.]|\^\{?-?\d\}?|%|°|\b[A-Za-z]+\b)*)')
+FUNCTIONS = {'\\sin': cmath.sin, '\\cos': cmath.cos, '\\tan': cmath.tan, '\\exp': cmath.exp,
+             '\\sec': lambda z: 1 / cmath.cos(z), '\\ln': cmath.log, '\\log': cmath.log10}
+CONSTANTS = {'π': math.pi, 'e': math.e, 'i': 1j, '°': math.pi / 180}
+CLOSING = {'(': ')', '[': ']', '{': '}', '|': '|'}
+OPERATORS = {'+': (0, 1, operator.add), '-': (0, 1, operator.sub), '*': (1, 3, operator.mul),
+             '/': (1, 3, operator.truediv), '^': (4, 4, operator.pow)}  # level, right side's level
+POINTS = 997, 1009, -1013  # moduli for the variables' values: all are negative at the last point
+
+def understood(condition):
+    if not condition:
+        raise ValueError('an answer is not understood or too large')
+
+def bits(value):  # the number of bits of a Fraction, 0 for a float
+    return sum(map(int.bit_length, value.as_integer_ratio())) if type(value) is Fraction else 0
+
+@functools.lru_cache(1000)
+def value_of(text, point):
+    """The value of an expression: a Fraction if possible, else a float or complex number."""
+    tokens = [''] + re.findall(TOKEN, text, re.A)[::-1]
+    def parse(level):
+        """A sum (level 0), product (1), bare argument (2), factor (3), exponent (4), atom (5)."""
+        token = tokens.pop()
+        if token in ('+', '-'):
+            value = parse(3) * (1 if token == '+' else -1)
+        elif token in CLOSING:
+            value = abs(parse(0)) if token == '|' else parse(0)
+            understood(tokens.pop() == CLOSING[token])
+        elif token == '\\frac':
+            value = parse(5) / parse(5)
+        elif token == '√':
+            index = parse(5) if tokens[-1] == '[' else 2
+            value = complex(parse(5)) ** (1 / index)
+        elif token in FUNCTIONS:
+            exponent = parse(4) if tokens[-1] == '^' and tokens.pop() else 1
+            understood(exponent != -1)  # sin^{-1} x is not a power
+            value = FUNCTIONS[token](parse(5 if tokens[-1] in CLOSING else 2)) ** exponent
+        elif re.fullmatch(NAME, token):
+            value = CONSTANTS.get(token) or Fraction(int(token.encode().hex(), 16)**5 % point, 499)
+        else:
+            value = Fraction(token)
+        while token := tokens[-1]:
+            understood(bits(value) <= MAX_BITS)
+            if token == '!' and level < 4:  # 4^{2}! is not 4^{2!}
+                understood(tokens.pop() and isinstance(value, Fraction) and value in range(501))
+                value = Fraction(math.factorial(int(value)))
+            elif token in OPERATORS and level <= OPERATORS[token][0]:
+                _, right, function = OPERATORS[tokens.pop()]
+                operand = parse(right)
+                understood(token != '^' or bits(value) * abs(operand) <= MAX_BITS)
+                value = function(value, operand)
+            elif (re.match(r'[A-Za-z\\({√π°∞]', token)  # a product without a sign
+                  and level < (2 if token in FUNCTIONS or token in CLOSING else 3)):
+                value *= parse(3)
+            else:
+                break
+        return value
+    value = parse(0)
+    understood(tokens == [''])
+    return value
+
+def close(u, v):
+    """Equal or, if one is a float, near; but no long decimal stands for an irrational number."""
+    return u == v if bits(u) and bits(v) else bits(u) < 64 > bits(v) and abs(u / v - 1) < 1e-12
+
+def split_outside(s, separators):
+    """s cut at the separators outside of all brackets: [piece, separator, piece, ...]"""
+    parts, depth = [''], 0
+    for c in s:
+        depth += (c in '([{⦃') - (c in ')]}⦄')
+        if depth == 0 and c in separators:
+            parts += [c, '']
+        else:
+            parts[-1] += c
+    return parts
+
+def relation(s):
+    """('x', '5') of x = 5, ('x', '[1,2)') of 1 <= x < 2 or x in [1,2); ('', s) of all else."""
+    parts = split_outside(s, '=<≤>≥∈,;')
+    if not re.fullmatch('=+|∈|[<≤]{1,2}|[>≥]{1,2}', ''.join(parts[1::2])):
+        return '', s
+    parts = parts[::-1] if parts[1] in '>≥' else parts
+    if parts[1] in '=∈':
+        return parts[0], parts[-1]
+    if len(parts) == 3:
+        parts = parts + ['<', '∞'] if NAMED.fullmatch(parts[2]) else ['-∞', '<'] + parts
+    low, left, name, right, high = parts
+    return name, '[('[left in '<>'] + f'{low},{high}' + '])'[right in '<>']
+
+def items(s):
+    """('()', the items) of a tuple or interval, ('', the items) of a list, set, union or ±."""
+    brackets, pieces = '', split_outside(s, ',;∪')[::2]
+    if len(pieces) == 1 and re.fullmatch(r'[(\[].*[,;].*[)\]]|⦃.*⦄', s):
+        brackets, pieces = (s[0] + s[-1]).strip('⦃⦄'), split_outside(s[1:-1], ',;')[::2]
+    return brackets, [p.replace('±', sign) for p in pieces for sign in ('+-' if '±' in p else '+')]
+
+def equal(a, b, steps):
+    """Whether two plain answers are equal: as relations, lists in any order, tuples or values."""
+    understood(next(steps) < MAX_STEPS)
+    if a == b:
+        return True
+    (name, a), (other, b) = relation(a), relation(b)
+    if name or other:
+        same = equal(name, other, steps) if name and other else NAMED.fullmatch(name or other)
+        return bool(same) and equal(a, b, steps)
+    (brackets, xs), (others, ys) = items(a), items(b)
+    if len(xs) > 1 or len(ys) > 1:
+        names = {relation(item)[0] for item in xs + ys}
+        ordered = brackets or '' in names and len(names) > 2  # x=1, y=2 against 1, 2
+        for x in xs:
+            match = next((y for y in (ys[:1] if ordered else ys) if equal(x, y, steps)), None)
+            if match is None:
+                return False
+            ys.remove(match)
+        return brackets == others and not ys
+    a, b = xs[0], ys[0]
+    if TEXT.fullmatch(a) or TEXT.fullmatch(b) or ':' in a + b:
+        CHECKS['compared_as_text'] += 1
+        return re.sub('[ .,]', '', a).lower() == re.sub('[ .,]', '', b).lower()
+    (a, unit), (b, other) = (m.groups() if (m := UNIT.fullmatch(s)) else (s, '') for s in (a, b))
+    units = {re.sub(r's\b|[^a-z0-9%°]', '', u.lower()) for u in (unit, other)} - {''}
+    return len(units) < 2 and all(close(value_of(a, p), value_of(b, p)) for p in POINTS)
 
 def extract_answer(text, fallback=False):
-    i = text.rfind("\\boxed{")
-    if i < 0:
-        m = re.findall(r"#### *(.+)", text)
-        return m[-1].strip() if m else None
-    depth, j = 1, i + 7
-    while j < len(text) and depth:
-        depth += {"{": 1, "}": -1}.get(text[j], 0)
-        j += 1
-    return None if depth else text[i + 7:j - 1].strip()
+    r"""The content of the last \boxed{}, else of a line '#### number', else None. With `fallback`
+    (not for training) else what follows 'answer is', else the last number.
+    >>> extract_answer(r'\boxed{1}? No: \boxed{\frac{3}{7}}.')
+    '\\frac{3}{7}'
+    """
+    _, boxed, box = text.replace('\\fbox', '\\boxed').rpartition('\\boxed')
+    box, depth = box[:MAX_BOX].lstrip(), 0
+    for brace in re.finditer(r'\\.|[{}]', box if boxed and box[:1] == '{' else ''):
+        depth += (brace[0] == '{') - (brace[0] == '}')
+        if depth == 0:
+            return box[1:brace.start()].strip()
+    patterns = (r'^####[ \t]*([-+$]*[\d.,]*\d)[.%]?[ \t]*$',
+                r'answer is:?\s*(\S.*?)(?=$|\.\s|<\|)',
+                r'\$[^$\n]+\$|(?<![\w)])-?\d[\d,]*(?:\.\d+)?')
+    found = (re.findall(p, text[-MAX_CHARS:], re.M) for p in patterns[:3 if fallback else 1])
+    return next((matches[-1] for matches in found if matches), None)
 
 def answers_equal(a, b):
-    return a.replace(",", "").strip() == b.replace(",", "").strip()
+    r"""Whether two bare answers are equal; symmetric, reflexive, never raises.
+    >>> answers_equal(r'\frac{6}{\sqrt{12}}', 'sqrt(3)'), answers_equal('[1,2)', '(1,2)')
+    (True, False)
+    """
+    a, b = sorted((str(a).strip(), str(b).strip()))
+    if a == b:
+        return True
+    try:
+        understood(max(len(a), len(b)) <= MAX_CHARS)
+        for pattern, new in REWRITES:
+            a, b = pattern.sub(new, a), pattern.sub(new, b)
+        return bool(a and b) and equal(a, b, itertools.count())
+    except (ValueError, ArithmeticError, RecursionError):
+        CHECKS.update(['unparsed', 'compared_as_text'])
+        return False
 
 def is_correct(text, gold, fallback=False):
-    found = extract_answer(text)
-    return found is not None and answers_equal(found, gold)
+    r"""Whether the answer in a model's completion equals the gold answer.
+    >>> is_correct(r'... the area is \boxed{14\pi \text{ cm}^2}.', '14 \\pi'), is_correct('5', '5')
+    (True, False)
+    """
+    answer = extract_answer(text, fallback)
+    CHECKS['missing'] += answer is None
+    return answer is not None and answers_equal(answer, gold)
 
 def majority_vote(answers):
     """The answer most often given, by equivalence (answers_equal), or None.
@@ -321,24 +511,22 @@ def check_model(lm: LM):
     """Refuse a model that we would serve wrongly: attention sinks, ALiBi, latent or shared keys, state
     spaces, unknown heads all show here. One number in three ways: the log-probabilities of a few
     tokens from the sampler, from the trainer, and from the model's own plain forward."""
-    model, kind = lm.model, lm.model.config.model_type
-    prompt = [i % lm.vocab_size for i in range(8)]
-    reason = "its attention or output head is not of the ordinary kind"
+    model, prompt = lm.model, [i % lm.vocab_size for i in range(8)]
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or []
     try:
         [c] = generate(model, [prompt], max_new_tokens=4, temperature=0, vocab_size=lm.vocab_size)
         with torch.no_grad():
-            ours = completion_logprobs(lm, [Rollout(None, prompt, c.tokens, c.logprobs, True, "")])[0]
+            ours, _ = completion_logprobs(lm, [Rollout(None, prompt, c.tokens, c.logprobs, True, "")])
             ids = torch.tensor([prompt + c.tokens], device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, 7:-1, :lm.vocab_size].float()
         want = logits.log_softmax(-1).gather(1, ids[0, 8:, None]).squeeze(1)
-        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-        gap = max((torch.tensor(c.logprobs, device=ours.device) - want).abs().max(),
-                  (ours - want).abs().max())
-        served = (gap < (1e-3 if model.dtype == torch.float32 else 0.1)
-                  and layers <= {"full_attention", "sliding_attention"})
-    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
-        served, reason = False, f"{reason} ({error})"
-    require(served, f"model type {kind} is not served: {reason}")
+        gap = (torch.stack([torch.tensor(c.logprobs, device=model.device), ours]) - want).abs().max()
+        served = gap < (1e-3 if model.dtype == torch.float32 else 0.1) and set(layers) <= {
+            "full_attention", "sliding_attention"}
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
+        served = False
+    require(served, f"model type {model.config.model_type} is not served: its attention or its output "
+            "head is not of the ordinary kind")
 
 # ====================================================================================== generation
 #
@@ -363,17 +551,15 @@ class Sampler:
         self.model, self.temperature, self.stop_ids, self.vocab_size = model, temperature, stop_ids, vocab_size
         self.spare, self.spare_prompt, self.length, self.width = rows, None, length, width
         self.n, self.owners, self.valid, self.keys, self.values = 0, [], 0, {}, {}
-        integers = torch.zeros(rows, dtype=torch.long, device=model.device)
-        table = torch.zeros(rows, width + 1, device=model.device)
         self.stops = torch.tensor(list(stop_ids), device=model.device)
-        self.token = integers                     # the last token of a row, not yet in the cache,
-        self.position = integers.clone()          # and its position
-        self.count = integers.clone()             # tokens sampled so far
-        self.limit = integers.clone()             # tokens the row may have
-        self.done = integers.bool()
-        self.uniform = table                      # a random number for each token to come
-        self.tokens = table.long()                # what was sampled; rows that are done go on into
-        self.logprobs = table.clone()             # the last column, until somebody looks
+        # A row's last token, not yet in the cache, and its position; tokens it has had and may have.
+        self.token, self.position, self.count, self.limit = torch.zeros(
+            4, rows, dtype=torch.long, device=model.device)
+        self.done = self.token.bool()
+        # A random number for each token to come; what was sampled. Rows that are done go on into the
+        # last column until somebody looks.
+        self.uniform, self.logprobs = torch.zeros(2, rows, width + 1, device=model.device)
+        self.tokens = self.logprobs.long()
 
     def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: np.ndarray):
         """Take in rows (number, prompt number, prompt, limit), the samples of a prompt side by side.
@@ -599,6 +785,7 @@ def sample_rollouts(lm: LM, tasks: list[tuple[Problem, list[int]]], config: Conf
 
 def score_answers(rollouts: list[Rollout]):
     """Step 2; and R_fmt: the rollout stopped by itself and has a boxed answer."""
+    CHECKS.clear()                  # the checker's counts, a step at a time
     for r in rollouts:
         r.r_answer = float(is_correct(r.text, r.problem.answer))
         r.r_format = float(r.finished and extract_answer(r.text) is not None)
@@ -975,8 +1162,7 @@ class Clock:
         self.metrics, self.last = {}, time.perf_counter()
 
     def lap(self, phase: str, tokens: int):
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
@@ -990,9 +1176,11 @@ def summarize(rollouts: list[Rollout], group: int) -> dict:
         return sum(values) / len(values) if values else None
 
     cuts, groups = [cut for r in rollouts for cut in r.cuts], grouped(rollouts, group)
+    checks = {f"answers_{kind}": CHECKS[kind] for kind in ("missing", "unparsed", "compared_as_text")}
     votes = [majority_vote([extract_answer(r.text) for r in g]) for g in groups]
     metrics = {name: mean([getattr(r, field) for r in rollouts]) for name, field in (
         ("reward", "reward"), ("accuracy", "r_answer"), ("format", "r_format"), ("finished", "finished"))}
+    metrics |= checks
     metrics |= {"majority": mean([vote is not None and answers_equal(vote, g[0].problem.answer)
                                   for vote, g in zip(votes, groups)]),
                 "length": mean([len(r.tokens) for r in rollouts]),

@@ -1,15 +1,12 @@
-"""Tests of rltr.py: tiny random models against numeric oracles. No network, no GPU, no waiting.
+"""Tests of rltr.py and eval.py: tiny random models against numeric oracles. No network, no GPU, no waiting.
 
-A test called test_mistake_... is named after something that other code bases got wrong.
-"""
+A test called test_mistake_... is named after something that other code bases got wrong."""
 
-import collections
-import csv
 import doctest
+import itertools
 import json
 import os
 import random
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -21,15 +18,16 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import eval as evaluation
 import rltr
-from rltr import Completion, Config, Problem, Rollout, UserError, generate
+from eval import maj_at_k, majority_vote, pass_at_k
+from rltr import (CHECKS, Completion, Config, Problem, Rollout, UserError, answers_equal, extract_answer,
+                  generate, is_correct)
 
 torch.set_num_threads(1)                 # matrices this small are faster on one
 V = 97                                   # vocabulary of the random models
 
-
 # ------------------------------------------------------------------------ models, tokenizers, rows
-
 
 def tiny(kind="qwen2", **changes):
     """A random model with large weights, so that its logits are far from equal."""
@@ -39,15 +37,12 @@ def tiny(kind="qwen2", **changes):
                  initializer_range=0.3, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | changes)).eval()
 
-
 def lm_of(model, tokenizer=None, stop_ids=(0,), vocab_size=V, context=256):
     return rltr.LM(model, tokenizer, stop_ids, vocab_size, context)
-
 
 def random_prompts(*lengths, high=V):
     source = random.Random(0)
     return [[source.randrange(1, high) for _ in range(n)] for n in lengths]
-
 
 @torch.no_grad()
 def full_logprobs(model, prompt, tokens, vocab_size=V, temperature=1.0):
@@ -56,15 +51,31 @@ def full_logprobs(model, prompt, tokens, vocab_size=V, temperature=1.0):
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1, :vocab_size]
     return (logits.float() / temperature).log_softmax(-1).cpu()
 
-
 def chosen(logprobs, tokens):
     return logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
 
+def logprobs_are_right(model, prompt, c, vocab_size=V, temperature=1.0):
+    want = chosen(full_logprobs(model, prompt, c.tokens, vocab_size, temperature), c.tokens)
+    return torch.allclose(torch.tensor(c.logprobs), want, rtol=0, atol=1e-4)
+
+def sampled(model, rewards, noise=0.0, group=3, high=V):
+    """Rollouts of ragged lengths with these rewards, log-probs off by `noise`, advantages set."""
+    source, rows = random.Random(1), []
+    prompts = random_prompts(*[3 + 5 * (i // group) % 11 for i in range(0, len(rewards), group)])
+    advantages = rltr.group_advantages(torch.tensor(rewards).view(-1, group)).flatten().tolist()
+    for i, (reward, advantage) in enumerate(zip(rewards, advantages)):
+        prompt = prompts[i // group]
+        tokens = [source.randrange(1, high) for _ in range(source.randrange(0, 9))] + [0]
+        logprobs = [x + source.uniform(-noise, noise)
+                    for x in chosen(full_logprobs(model, prompt, tokens), tokens).tolist()]
+        rows.append(Rollout(None, prompt, tokens, logprobs, True, "", reward=float(reward),
+                            advantage=advantage))
+    return rows
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
-
+BRACKETS = ("{% for m in messages %}[{{ m.content }}]{% endfor %}"
+            "{% if add_generation_prompt %}->{% endif %}")
 
 def byte_tokenizer(template=CHATML, reverse=False, add_bos=False):
     """A token a byte (ids 0..255, or the other way round), control tokens from 256 on."""
@@ -72,13 +83,11 @@ def byte_tokenizer(template=CHATML, reverse=False, add_bos=False):
     core = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(CONTROL)
+    core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"])
     if add_bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 259)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<s>", chat_template=template)
-
 
 def byte_ids(tokenizer, text):
     """One id a byte of the UTF-8, without asking the tokenizer to encode."""
@@ -86,62 +95,23 @@ def byte_ids(tokenizer, text):
     letters = "".join(part for part, _ in byte_level.pre_tokenize_str(text))
     return [tokenizer.get_vocab()[letter] for letter in letters]
 
-
-def sampled(model, rewards, noise=0.0, group=3, high=V):
-    """Rollouts of ragged lengths with these rewards, log-probs off by `noise`, advantages set."""
-    source = random.Random(1)
-    prompts = random_prompts(*[3 + 5 * (i // group) % 11 for i in range(0, len(rewards), group)])
-    rows = []
-    for i, reward in enumerate(rewards):
-        tokens = [source.randrange(1, high) for _ in range(source.randrange(0, 9))] + [0]
-        logprobs = chosen(full_logprobs(model, prompts[i // group], tokens), tokens)
-        rows.append(Rollout(None, prompts[i // group], tokens,
-                            [x + source.uniform(-noise, noise) for x in logprobs.tolist()], True, ""))
-        rows[-1].reward = float(reward)
-    flat = rltr.group_advantages(torch.tensor(rewards).view(-1, group)).flatten().tolist()
-    for row, advantage in zip(rows, flat):
-        row.advantage = advantage
-    return rows
-
-
-class KeepGradient:
-    """In the optimizer's place: keeps the gradient instead of making a step."""
-
-    def __init__(self, model):
-        self.model, self.gradient = model, None
-
-    def step(self, max_norm):
-        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
-        self.model.zero_grad()
-        return 0.0
-
-
 # ----------------------------------------------------------------------------------------- problems
 
-ROWS = [{"problem": "1 + 1,\n\"quoted\"?", "solution": "so \\boxed{1} or \\boxed{\\frac{4}{2}}"},
+ROWS = [{"problem": '1 + 1,\n"quoted"?', "solution": "so \\boxed{1} or \\boxed{\\frac{4}{2}}"},
         {"problem": "é?", "solution": "#### 1,000"}]
-WRITERS = {
-    "jsonl": lambda p: p.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n"),
-    "json": lambda p: p.write_text(json.dumps(ROWS)),
-    "csv": lambda p: write_csv(p),
-    "parquet": lambda p: pytest.importorskip("datasets").Dataset.from_list(ROWS).to_parquet(str(p))}
 
-
-def write_csv(path):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ROWS[0])
-        writer.writeheader()
-        writer.writerows(ROWS)
-
-
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_the_same_problems_from_every_kind_of_file(kind, tmp_path):
-    WRITERS[kind](tmp_path / f"data.{kind}")
-    first, second = rltr.load_problems(str(tmp_path / f"data.{kind}"))
-    assert first == Problem("1 + 1,\n\"quoted\"?", "\\frac{4}{2}")        # the last box, nested braces
+    datasets, path = pytest.importorskip("datasets"), tmp_path / f"data.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        table = datasets.Dataset.from_list(ROWS)
+        {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](str(path))
+    first, second = rltr.load_problems(str(path))
+    assert first == Problem('1 + 1,\n"quoted"?', "\\frac{4}{2}")            # the last box, whole
     assert second.question == "é?" and second.answer.replace(",", "") == "1000"
-    assert rltr.load_problems(str(tmp_path / f"data.{kind}"), limit=1) == [first]
-
+    assert rltr.load_problems(str(path), limit=1) == [first]
 
 @pytest.mark.parametrize("question", ["question", "problem", "prompt"])
 @pytest.mark.parametrize("answer, written", [("answer", "18"), ("answer", "6 * 3 = 18\n#### 18"),
@@ -150,17 +120,15 @@ def test_columns_and_ways_to_write_the_gold_answer(question, answer, written, tm
     (tmp_path / "d.jsonl").write_text(json.dumps({"id": 7, question: "q", answer: written}))
     assert rltr.load_problems(str(tmp_path / "d.jsonl")) == [Problem("q", "18")]
 
-
 def test_hub_data_training_split_or_the_only_one(monkeypatch):
-    asked, row = [], lambda x: [{"problem": x, "answer": "1"}]
-    hub = {"openai/gsm8k": {"test": row("a"), "train": row("b")}, "HuggingFaceH4/MATH-500": {"test": row("c")}}
-    monkeypatch.setattr("datasets.load_dataset", lambda *a: asked.append(a) or hub[a[0]])
-    assert [rltr.load_problems(*a)[0].question for a in (("gsm8k",), ("math500",), ("gsm8k", "test"))] == [
-        "b", "c", "a"]
-    assert asked[0] == ("openai/gsm8k", "main")
+    hub = {"openai/gsm8k": {"test": "a", "train": "b"}, "HuggingFaceH4/MATH-500": {"test": "c"}}
+    monkeypatch.setattr("datasets.load_dataset", lambda name, part: {
+        split: [{"problem": f"{part} {x}", "answer": "1"}] for split, x in hub[name].items()})
+    asked = [("gsm8k",), ("math500",), ("gsm8k", "test"), ("openai/gsm8k", "train")]
+    found = [rltr.load_problems(*source)[0].question for source in asked]
+    assert found == ["main b", "None c", "main a", "None b"]
     with pytest.raises(UserError, match="no split dev"):
         rltr.load_problems("gsm8k", "dev")
-
 
 def test_problems_of_a_step_are_a_function_of_seed_and_step_and_every_epoch_is_a_permutation():
     steps = [rltr.draw_problems(list(range(10)), 4, seed=3, step=s) for s in range(10)]
@@ -171,54 +139,33 @@ def test_problems_of_a_step_are_a_function_of_seed_and_step_and_every_epoch_is_a
     assert flat != sum((rltr.draw_problems(list(range(10)), 4, 4, s) for s in range(10)), [])
     assert sorted(rltr.draw_problems([1, 2], 5, 0, 0)) in ([1, 1, 1, 2, 2], [1, 1, 2, 2, 2])
 
-
-# ------------------------------------------------------------------------------- prompts, stop tokens
-
+# ----------------------------------------------------------------------------- prompts, stop tokens
 
 @pytest.mark.parametrize("written, added, count", [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1)])
-def test_bos_once_or_never_whoever_writes_it(written, added, count):
-    tokenizer = byte_tokenizer("<s>" * written + CHATML, add_bos=bool(added))
-    ids = lm_of(None, tokenizer).encode_prompt("2 + 2?")
-    assert ids.count(tokenizer.bos_token_id) == count and ids[:1] == [tokenizer.bos_token_id] * count or not count
-    assert tokenizer.decode(ids[count:]) == (
+def test_bos_once_or_never_whoever_writes_it_and_no_thinking(written, added, count):
+    template = "<s>" * written + CHATML + "{% if enable_thinking is false %}<no think>{% endif %}"
+    tokenizer = byte_tokenizer(template, add_bos=bool(added))
+    assert tokenizer.decode(lm_of(None, tokenizer).encode_prompt("2 + 2?")) == "<s>" * count + (
         "<|im_start|>user\n2 + 2?\nPlease reason step by step, and put your final answer within "
-        "\\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_thinking_is_switched_off_where_the_template_can():
-    template = CHATML + "{% if enable_thinking is false %}<think></think>{% endif %}"
-    tokenizer = byte_tokenizer(template)
-    assert tokenizer.decode(lm_of(None, tokenizer).encode_prompt("x", "{question}")).endswith("<think></think>")
-
-
-def test_mistake_without_a_chat_template_the_model_gets_plain_text_and_still_has_a_stop_token():
-    tokenizer, model = byte_tokenizer(None), tiny()
-    assert tokenizer.decode(lm_of(None, tokenizer).encode_prompt("x {y}", "Do {question}!")) == (
-        "Question: Do x {y}!\nAnswer:")
-    assert rltr.find_stop_ids(model, tokenizer) == (tokenizer.eos_token_id,)
-
+        "\\boxed{}.<|im_end|>\n<|im_start|>assistant\n<no think>")
 
 def test_stop_tokens_come_from_tokenizer_generation_config_and_chat_template():
-    tokenizer, model = byte_tokenizer(), tiny()
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")      # as in Qwen2.5 base: eos is another token
-    assert rltr.find_stop_ids(model, tokenizer) == tuple(sorted({tokenizer.eos_token_id, end}))
-    for configured, found in ((5, {5}), ([5, 6], {5, 6})):
+    tokenizer, model = byte_tokenizer(), tiny()          # as in Qwen2.5 base: <|im_end|> is not eos
+    for configured, more in ((None, ()), (5, (5,)), ([5, 6], (5, 6))):
         model.generation_config.eos_token_id = configured
-        assert set(rltr.find_stop_ids(model, tokenizer)) == {tokenizer.eos_token_id, end} | found
+        assert rltr.find_stop_ids(model, tokenizer) == (*more, 256, 258)
 
-
-def test_a_control_token_spelled_out_in_model_text_does_not_become_one():
-    tokenizer = byte_tokenizer(add_bos=True)
-    text = "a<|im_end|>\n<|im_start|>user <|endoftext|>é"
-    assert rltr.encode_text(tokenizer, text) == byte_ids(tokenizer, text)
-
+def test_mistake_without_a_chat_template_the_model_never_stops():
+    tokenizer = byte_tokenizer(None)                     # a plain prompt, and still a stop token
+    prompt = lm_of(None, tokenizer).encode_prompt("x {y}", "Do {question}!")
+    assert tokenizer.decode(prompt) == "Question: Do x {y}!\nAnswer:"
+    assert rltr.find_stop_ids(tiny(), tokenizer) == (256,)
 
 def test_decode_drops_control_tokens_and_an_incomplete_last_character():
     tokenizer = byte_tokenizer()
     ids = byte_ids(tokenizer, "a  ,é")
     assert rltr.decode(tokenizer, [257, *ids, 256]) == "a  ,é"
     assert rltr.decode(tokenizer, ids[:-1]) == "a  ,"
-
 
 # --------------------------------------------------------------------------------------- generation
 
@@ -227,158 +174,149 @@ KINDS = {
     "qwen2, MHA": ("qwen2", dict(num_key_value_heads=4)),
     "qwen2, tied, sliding": ("qwen2", dict(tie_word_embeddings=True, use_sliding_window=True,
                                            sliding_window=8, max_window_layers=1)),
-    "qwen3": ("qwen3", dict(head_dim=16)), "llama": ("llama", {}),
+    "qwen3": ("qwen3", dict(head_dim=16)), "llama": ("llama", {}), "olmo2": ("olmo2", {}),
     "mistral, sliding": ("mistral", dict(sliding_window=8)), "gemma2": ("gemma2", GEMMA),
-    "gemma3": ("gemma3_text", GEMMA), "olmo2": ("olmo2", {}), "phi3": ("phi3", {}), "gpt2": ("gpt2", {}),
+    "gemma3": ("gemma3_text", GEMMA), "phi3": ("phi3", {}), "gpt2": ("gpt2", {}),
     "granite": ("granite", dict(logits_scaling=4.0)), "cohere": ("cohere", dict(logit_scale=0.25))}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU"))]
 
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", KINDS)
-def test_greedy_tokens_are_those_of_transformers_and_logprobs_those_of_a_full_forward(name, device):
-    model = tiny(KINDS[name][0], **KINDS[name][1]).to(device)
-    prompts, expected = random_prompts(5, 1, 17, 30, 2), []
+def test_greedy_is_that_of_transformers_and_logprobs_are_those_of_a_full_forward(name, device):
+    model, expected = tiny(KINDS[name][0], **KINDS[name][1]).to(device), []
+    prompts = random_prompts(5, 1, 17, 30, 2)
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        out = model.generate(ids, attention_mask=ids ** 0, max_new_tokens=16, do_sample=False)
         expected.append(out[0, len(prompt):].tolist())
     stop = expected[2][9]                                    # so that some rows stop early
     expected = [e[:e.index(stop) + 1] if stop in e else e for e in expected]
     rltr.check_model(lm_of(model))
     for max_rows in (None, 1, 2, 5):
-        got = generate(model, prompts, samples=2, max_new_tokens=16, temperature=0, stop_ids=(stop,),
-                       max_rows=max_rows)
-        assert len(got) == 10
+        got = generate(model, prompts, samples=2, max_new_tokens=16, temperature=0,
+                       stop_ids=(stop,), max_rows=max_rows)
         for i, c in enumerate(got):
-            logprobs = full_logprobs(model, prompts[i // 2], c.tokens)
-            assert (chosen(logprobs, c.tokens) - torch.tensor(c.logprobs)).abs().max() < 1e-4
+            assert logprobs_are_right(model, prompts[i // 2], c)
             pairs = list(zip(c.tokens, expected[i // 2], strict=True))
             first = next((t for t, (a, b) in enumerate(pairs) if a != b), None)
             if first is not None:                            # only a draw may go either way
-                best, second = logprobs[first].topk(2).values
-                assert best - second < 1e-4, f"row {i}, token {first}"
-
+                best = full_logprobs(model, prompts[i // 2], c.tokens)[first].topk(2).values
+                assert best[0] - best[1] < 1e-4, f"row {i}, token {first}"
+        assert len(got) == 10
 
 @pytest.mark.parametrize("kind, changes", [
-    ("falcon", dict(alibi=True)), ("bloom", {}), ("mamba", {}), ("recurrent_gemma", dict(lru_width=32)),
-    ("gpt_oss", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2))])
+    ("falcon", {"alibi": True}), ("bloom", {}), ("mamba", {}),
+    ("recurrent_gemma", {"lru_width": 32}),
+    ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2})])
 def test_attention_that_we_would_compute_wrongly_is_refused(kind, changes):
     with pytest.raises(UserError, match=kind):
         rltr.check_model(lm_of(tiny(kind, **changes)))
 
-
-@pytest.mark.parametrize("kind, changes", [("qwen2", {}), ("gpt2", {}), ("mistral", {"sliding_window": 4})])
-def test_mistake_a_short_row_beside_a_long_one_gets_wrong_positions_or_sees_padding(kind, changes):
-    lm, prompts = lm_of(tiny(kind, **changes)), random_prompts(2, 40, 9)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral, sliding"])
+def test_mistake_a_short_row_beside_a_long_one_gets_wrong_positions_or_sees_padding(name):
+    lm, prompts = lm_of(tiny(KINDS[name][0], **KINDS[name][1])), random_prompts(2, 40, 9)
     together = generate(lm.model, prompts, max_new_tokens=12, seed=1)
-    alone = [generate(lm.model, [p], max_new_tokens=12, seed=1, first_row=i)[0] for i, p in enumerate(prompts)]
     rows = [Rollout(None, p, c.tokens, c.logprobs, False, "") for p, c in zip(prompts, together)]
-    trained = rltr.completion_logprobs(lm, rows)[0].split([len(r.tokens) for r in rows])
-    for prompt, a, b, logprobs in zip(prompts, together, alone, trained):
-        want = chosen(full_logprobs(lm.model, prompt, a.tokens), a.tokens)
-        assert a.tokens == b.tokens
-        assert torch.allclose(torch.tensor(a.logprobs), want, atol=1e-4)
-        assert torch.allclose(logprobs, want, atol=1e-4)
-
+    trained = rltr.completion_logprobs(lm, rows)[0].view(3, 12).tolist()
+    for i, (prompt, c) in enumerate(zip(prompts, together)):
+        alone = generate(lm.model, [prompt], max_new_tokens=12, seed=1, first_row=i)[0]
+        assert c.tokens == alone.tokens and logprobs_are_right(lm.model, prompt, c)
+        assert logprobs_are_right(lm.model, prompt, Completion(c.tokens, trained[i], False))
 
 def test_sampling_follows_the_softmax():
     model, [prompt], n, k = tiny(initializer_range=0.15), random_prompts(5), 4000, 30
-    drawn = collections.Counter(tuple(c.tokens) for c in generate(
-        model, [prompt], samples=n, max_new_tokens=2, temperature=0.8, vocab_size=k, seed=1))
-    first = full_logprobs(model, prompt, [0], k, 0.8)[0]
-    second = torch.stack([full_logprobs(model, prompt, [t, 0], k, 0.8)[1] for t in range(k)])
-    expected = (first[:, None] + second).exp().numpy() * n                        # [k, k]
-    observed = np.zeros((k, k))
-    for pair, times in drawn.items():
-        observed[pair] = times
-    often = expected >= 5
-    cells = [*zip(observed[often], expected[often]), (observed[~often].sum(), expected[~often].sum())]
+    seen, expected = np.zeros((k, k)), np.zeros((k, k))
+    for c in generate(model, [prompt], samples=n, max_new_tokens=2, temperature=0.8,
+                      vocab_size=k, seed=1):
+        seen[tuple(c.tokens)] += 1
+    for t in range(k):
+        first, second = full_logprobs(model, prompt, [t, 0], k, 0.8)
+        expected[t] = n * (first[t] + second).exp().numpy()
+    often = expected >= 5                                # the other pairs make one cell
+    cells = [*zip(seen[often], expected[often]), (seen[~often].sum(), expected[~often].sum())]
     chi2 = sum((o - e) ** 2 / e for o, e in cells)
     assert len(cells) > 100 and abs(chi2 - len(cells)) < 4 * (2 * len(cells)) ** 0.5
-
 
 def test_sampling_never_takes_a_token_of_probability_zero():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(4, 1)
     tokens, logprobs = rltr.sample_tokens(logits, 1.0, torch.tensor([1e-45, 0.4999, 0.5001, 1.0]))
-    assert tokens.tolist() == [1, 1, 3, 3]
-    assert torch.allclose(logprobs, torch.tensor(0.5).log())
-
+    assert tokens.tolist() == [1, 1, 3, 3] and torch.allclose(logprobs, torch.tensor(0.5).log())
 
 def test_texts_do_not_depend_on_max_rows_and_first_row_shifts_the_random_numbers():
     model, prompts = tiny(), random_prompts(4, 11, 3, 7)
-    settings = dict(samples=3, max_new_tokens=15, stop_ids=(3, 4, 5, 6, 7, 8))
-    whole = generate(model, prompts, seed=5, **settings)
-    assert len({tuple(c.tokens) for c in whole}) == 12               # the samples of a prompt differ
-    assert len({len(c.tokens) for c in whole}) > 4                   # ragged: rows leave, others come
-    for max_rows in (1, 2, 5, 7):
-        for a, b in zip(whole, generate(model, prompts, seed=5, max_rows=max_rows, **settings), strict=True):
-            assert a.tokens == b.tokens and a.finished == b.finished
-            assert np.allclose(a.logprobs, b.logprobs, atol=1e-4)
-    rest = generate(model, prompts[2:], seed=5, first_row=6, **settings)
-    assert [c.tokens for c in rest] == [c.tokens for c in whole[6:]]
-    assert [c.tokens for c in generate(model, prompts, seed=6, **settings)] != [c.tokens for c in whole]
 
+    def texts(prompts, **settings):
+        done = generate(model, prompts, samples=3, max_new_tokens=15, stop_ids=range(3, 9),
+                        **settings)
+        assert all(logprobs_are_right(model, prompts[i // 3], c) for i, c in enumerate(done))
+        return [c.tokens for c in done]
+
+    whole = texts(prompts, seed=5)
+    assert len(set(map(tuple, whole))) == 12             # the samples of a prompt differ
+    assert len(set(map(len, whole))) > 4               # ragged: rows leave, others take their place
+    assert all(texts(prompts, seed=5, max_rows=rows) == whole for rows in (1, 2, 5, 7))
+    assert texts(prompts[2:], seed=5, first_row=6) == whole[6:] and texts(prompts, seed=6) != whole
 
 def test_stop_tokens_end_a_row_and_belong_to_it():
-    stops, model = (3, 4, 5, 6, 7, 8, 9), tiny()
-    done = generate(model, random_prompts(4, 9), samples=20, max_new_tokens=[6, 12], stop_ids=stops, seed=0)
+    stops, model, limits = (3, 4, 5, 6, 7, 8, 9), tiny(), [6, 12]  # each prompt has its own limit
+    done = generate(model, random_prompts(4, 9), samples=20, max_new_tokens=limits, stop_ids=stops,
+                    seed=0)
     assert 5 < sum(c.finished for c in done) < 40
     for i, c in enumerate(done):
-        assert len(c.tokens) == len(c.logprobs) and not set(c.tokens[:-1]) & set(stops)
-        assert c.finished == (c.tokens[-1] in stops)
-        assert c.finished or len(c.tokens) == (6, 12)[i // 20]       # each prompt has its own limit
-        assert len(c.tokens) <= (6, 12)[i // 20]
+        assert len(c.tokens) == len(c.logprobs) <= limits[i // 20]
+        assert not set(c.tokens[:-1]) & set(stops) and c.finished == (c.tokens[-1] in stops)
+        assert c.finished or len(c.tokens) == limits[i // 20]
     assert generate(model, [], max_new_tokens=3) == []
     for prompts, limit in (([[]], 3), ([[1]], 0)):
         with pytest.raises(UserError):
             generate(model, prompts, max_new_tokens=limit)
 
+class KeepGradient:
+    """In the optimizer's place: keeps the gradient instead of making a step."""
+    def __init__(self, model):
+        self.model = model
 
-def test_vocabulary_rows_beyond_the_tokenizer_never_come_out():
-    model = tiny(tie_word_embeddings=False)
-    model.lm_head.weight.data[60:] *= 5                              # they would, mostly
-    prompts = random_prompts(3, 8, high=60)
-    assert any(max(c.tokens) >= 60 for c in generate(model, prompts, max_new_tokens=9, temperature=0))
-    for temperature in (0, 1.0):
-        for prompt, c in zip(prompts, generate(model, prompts, max_new_tokens=20, temperature=temperature,
-                                               vocab_size=60, seed=0)):
-            assert max(c.tokens) < 60
-            want = chosen(full_logprobs(model, prompt, c.tokens, 60), c.tokens)
-            assert torch.allclose(torch.tensor(c.logprobs), want, atol=1e-4)
-
+    def step(self, max_norm):
+        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+        self.model.zero_grad()
+        return 0.0
 
 def test_mistake_the_loss_uses_another_distribution_than_the_sampler():
-    model = tiny("gpt2", resid_pdrop=0.3, attn_pdrop=0.3)            # dropout would be another, too
-    lm, config = lm_of(model, byte_tokenizer(), vocab_size=60), Config(group=4, temperature=0.7, max_new_tokens=9)
-    rollouts = rltr.sample_rollouts(lm, [(Problem("", ""), p) for p in random_prompts(3, 8, high=60)], config, 0)
-    for r in rollouts:
-        want = chosen(full_logprobs(model, r.prompt, r.tokens, 60, 0.7), r.tokens)
-        assert torch.allclose(torch.tensor(r.logprobs), want, atol=1e-4)
+    model, prompts = tiny("gpt2", resid_pdrop=0.3, attn_pdrop=0.3), random_prompts(3, 8, high=60)
+    model.lm_head.weight.data[60:] *= 5                  # rows that the tokenizer does not know
+    assert max(generate(model, prompts, max_new_tokens=9, temperature=0)[0].tokens) >= 60
+    lm, tasks = lm_of(model, byte_tokenizer(), (0,), 60), [(Problem("", ""), p) for p in prompts]
+    config = Config(group=4, temperature=0.7, max_new_tokens=9)
+    rollouts = rltr.sample_rollouts(lm, tasks, config, step=0)
     for i, r in enumerate(rollouts):
+        assert max(r.tokens) < 60 and logprobs_are_right(model, r.prompt, r, 60, 0.7)
         r.reward, r.advantage = float(i % 2), 2.0 * (i % 2) - 1
+    greedy = generate(model, prompts, max_new_tokens=9, temperature=0, vocab_size=60)
+    assert all(logprobs_are_right(model, p, c, 60) for p, c in zip(prompts, greedy))
     assert rltr.update(lm, KeepGradient(model), rollouts, config)["logprob_gap_max"] < 1e-4
-
+    same = [[r.tokens for r in rollouts] == [r.tokens for r in rltr.sample_rollouts(
+        lm, tasks, config, step)] for step in (0, 1)]
+    assert same == [True, False]                         # a function of the step
 
 def embedded(model):
-    """Watches a model: the shapes of the token ids that go through it."""
+    """Watches a model: (rows, tokens) of whatever goes through it."""
     shapes = []
-    model.get_input_embeddings().register_forward_hook(lambda m, args, out: shapes.append(tuple(args[0].shape)))
+    model.get_input_embeddings().register_forward_hook(lambda m, i, o: shapes.append(i[0].shape))
     return shapes
-
 
 @pytest.mark.parametrize("max_rows", [None, 2, 3, 7])
 def test_a_prompt_is_prefilled_once_and_finished_rows_cost_nothing(max_rows):
     model, prompts = tiny(), random_prompts(9, 6, 4)
     shapes = embedded(model)
-    done = generate(model, prompts, samples=8, max_new_tokens=30, stop_ids=range(1, 30), seed=0, max_rows=max_rows)
+    done = generate(model, prompts, samples=8, max_new_tokens=30, stop_ids=range(1, 30), seed=0,
+                    max_rows=max_rows)
     tokens = [len(c.tokens) for c in done]
     assert sum(rows for rows, length in shapes if length > 1) == 3
-    assert max(tokens) > 3 * np.mean(tokens)                         # a batch with pads would cost that
+    assert max(tokens) > 3 * np.mean(tokens)             # what a batch with pads would cost
     assert sum(rows for rows, length in shapes if length == 1) <= 1.2 * sum(tokens)
 
-
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("kind, changes", [("gpt2", dict(resid_pdrop=0.5)), ("qwen2", {})])
 def test_mistake_train_mode_or_gradient_checkpointing_switch_the_cache_off(kind, changes):
     model, prompts = tiny(kind, **changes), random_prompts(5, 12)
@@ -389,176 +327,145 @@ def test_mistake_train_mode_or_gradient_checkpointing_switch_the_cache_off(kind,
     shapes = embedded(model)
     assert generate(model, prompts, max_new_tokens=10, seed=0) == want
     assert sum(rows * length for rows, length in shapes) <= 2 * 12 + 2 * 10
-    assert model.training and all(m.training for m in model.modules()) and torch.is_grad_enabled()
+    assert all(m.training for m in model.modules()) and torch.is_grad_enabled()
     assert model.config._attn_implementation == attention
 
-
-# --------------------------------------------------------------- cut, receiver, transfer, advantages
-
+# -------------------------------------------------------------- cut, receiver, transfer, advantages
 
 def test_cut_prefix_floors_and_does_not_count_a_final_stop_token():
     y = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     for tau, length in ((1e-12, 0), (0.0999, 0), (0.1, 1), (0.55, 5), (0.99, 9), (1.0, 10)):
         assert rltr.cut_prefix(y, tau) == rltr.cut_prefix([*y, 2], tau, (1, 2)) == y[:length]
-    assert rltr.cut_prefix([5, 2, 6, 2, 2], 1.0, (2,)) == [5, 2, 6, 2]       # one, and only at the end
-    assert rltr.cut_prefix([5, 6], 1.0, (2,)) == [5, 6]
+    assert rltr.cut_prefix([5, 2, 6, 2, 2], 1.0, (2,)) == [5, 2, 6, 2]       # one, at the end only
     assert rltr.cut_prefix([], 1.0, (2,)) == rltr.cut_prefix([2], 1.0, (2,)) == []
 
+@pytest.fixture
+def receiver_says(monkeypatch):
+    """Puts a script in the place of rltr.generate; the script keeps what it was asked."""
+    class Script:
+        def __call__(self, model, prompts, **settings):
+            self.prompts, self.settings = prompts, settings
+            return [Completion(list(self.tokens), [0.0] * len(self.tokens), True) for _ in prompts]
 
-class Scripted:
-    """In the place of rltr.generate: every continuation is `tokens`; keeps what it was asked."""
+    def say(tokens):
+        Script.tokens = tokens
+        monkeypatch.setattr(rltr, "generate", Script())
+        return rltr.generate
+    return say
 
-    def __init__(self, monkeypatch, tokens):
-        self.tokens, self.prompts, self.settings = tokens, [], {}
-        monkeypatch.setattr(rltr, "generate", self)
+def rollout(tokenizer, text, end=()):
+    return Rollout(Problem("1+6?", "7"), [1], [*byte_ids(tokenizer, text), *end], [], True, text)
 
-    def __call__(self, model, prompts, **settings):
-        self.prompts, self.settings = prompts, settings
-        return [Completion(list(self.tokens), [0.0] * len(self.tokens), True) for _ in prompts]
-
-
-RECEIVER = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}->{% endif %}"
-
-
-def rollout(tokenizer, text, gold="7", end="<|im_end|>"):
-    ids = byte_ids(tokenizer, text) + ([tokenizer.convert_tokens_to_ids(end)] if end else [])
-    return Rollout(Problem("1+6?", gold), [1], ids, [0.0] * len(ids), True, text)
-
-
-def test_the_same_tokenizer_gets_the_prefix_as_token_ids_after_its_own_template(monkeypatch):
-    mine, yours = byte_tokenizer(), byte_tokenizer(RECEIVER)
-    r = rollout(mine, "aéé 1+6 is \\boxed{7}, so.")
-    r.tokens[1:1] = [257]                                # a control token in the middle stays what it is
-    says = Scripted(monkeypatch, byte_ids(yours, "7}") + [256])
-    reward = rltr.TransferReward(lm_of(None, yours, (256,), 260, 300), mine, stop_ids=(258,), cuts=40,
-                                 prompt="{question}", max_new_tokens=20, margin=8)
-    reward.score([r], step=0)
-    assert len(says.prompts) == len(r.cuts) == 40
-    for cut, prompt, budget in zip(r.cuts, says.prompts, says.settings["max_new_tokens"]):
+def test_the_same_tokenizer_gets_the_prefix_as_token_ids_after_its_own_template(receiver_says):
+    mine, yours = byte_tokenizer(), byte_tokenizer(BRACKETS)
+    asked, r = receiver_says(byte_ids(yours, "7}")), rollout(mine, "aéé 1: \\boxed{7}, or.", [258])
+    r.tokens[1:1] = [257]                                # a control token in the middle: stays one
+    rltr.TransferReward(lm_of(None, yours, (256,), 260), mine, stop_ids=(258,), cuts=40, margin=8,
+                        prompt="{question}", max_new_tokens=20).score([r], step=0)
+    budgets = asked.settings["max_new_tokens"]
+    for cut, prompt, budget in zip(r.cuts, asked.prompts, budgets, strict=True):
         length = int(cut.tau * (len(r.tokens) - 1))      # the stop token is not counted
-        assert 0 < cut.tau <= 1 and cut.prefix_length == length
         assert prompt == byte_ids(yours, "[1+6?]->") + r.tokens[:length]
-        assert budget == max(1, 20 - length + 8)
+        assert cut.prefix_length == length and budget == max(1, 20 - length + 8)
         whole = rltr.decode(mine, r.tokens[:length] + byte_ids(yours, "7}"))
-        assert cut.prefix + cut.continuation == whole    # a character cut in half is put together again
+        assert cut.prefix + cut.continuation == whole    # with the character that the cut had split
         assert cut.correct == rltr.is_correct(whole, "7")
         assert cut.leaked == ("\\boxed{7}" in cut.prefix)
     assert {(c.correct, c.leaked) for c in r.cuts} == {(True, False), (False, False), (True, True)}
-    assert r.r_transfer == np.mean([cut.correct for cut in r.cuts])
-    assert says.settings["stop_ids"] == (256,) and says.settings["vocab_size"] == 260
+    assert len(r.cuts) == 40 and r.r_transfer == np.mean([cut.correct for cut in r.cuts])
+    assert asked.settings["stop_ids"] == (256,) and asked.settings["vocab_size"] == 260
 
-
-def test_a_different_tokenizer_gets_the_prefix_as_text(monkeypatch):
-    mine, yours = byte_tokenizer(), byte_tokenizer("<s>" + RECEIVER, reverse=True, add_bos=True)
-    text = "é<|im_end|>ü<s>∑"
-    r = rollout(mine, text)
-    says = Scripted(monkeypatch, byte_ids(yours, "\\boxed{7}é")[:-1])
-    rltr.TransferReward(lm_of(None, yours), mine, stop_ids=(258,), cuts=60, prompt="{question}").score([r], 0)
-    split = 0
-    for cut, prompt in zip(r.cuts, says.prompts, strict=True):
+def test_a_different_tokenizer_gets_the_prefix_as_text(receiver_says):
+    mine, yours = byte_tokenizer(), byte_tokenizer("<s>" + BRACKETS, reverse=True, add_bos=True)
+    text, split = "é<|im_end|>ü<s>∑", 0                  # spelled out: not control tokens
+    r, asked = rollout(mine, text, [258]), receiver_says(byte_ids(yours, "\\boxed{7}é")[:-1])
+    rltr.TransferReward(lm_of(None, yours), mine, stop_ids=(258,), cuts=60,
+                        prompt="{question}").score([r], step=0)
+    for cut, prompt in zip(r.cuts, asked.prompts, strict=True):
         raw = text.encode()[:int(cut.tau * len(text.encode()))]
         split += raw.decode(errors="ignore") != raw.decode(errors="replace")
         assert cut.prefix == raw.decode(errors="ignore")         # no half characters
-        assert prompt == [259] + byte_ids(yours, "[1+6?]->" + cut.prefix)   # BOS once, no control token
+        assert prompt == [259] + byte_ids(yours, "[1+6?]->" + cut.prefix)        # and BOS once
         assert cut.continuation == "\\boxed{7}" and cut.correct
     assert split > 5
 
+def test_a_prefix_that_overflows_the_receiver_is_counted_and_scores_0(receiver_says):
+    tokenizer = byte_tokenizer(BRACKETS)
+    r, asked = rollout(tokenizer, "x" * 50), receiver_says(byte_ids(tokenizer, "\\boxed{7}"))
+    reward = rltr.TransferReward(lm_of(None, tokenizer, context=8 + 30),     # the question takes 8
+                                 cuts=300, max_new_tokens=50, margin=9, prompt="{question}")
+    reward.score([r], step=0)
+    for cut in r.cuts:
+        assert cut.overflow == (cut.prefix_length >= 30) and cut.correct == (not cut.overflow)
+    assert {c.prefix_length for c in r.cuts} >= {29, 30} and 0.5 < r.r_transfer < 0.7
+    budgets = [min(59, 30) - c.prefix_length for c in r.cuts if not c.overflow]
+    assert asked.settings["max_new_tokens"] == budgets
+    assert rltr.summarize([r], 1)["overflow"] == pytest.approx(1 - r.r_transfer)
 
-def test_a_prefix_that_overflows_the_receiver_is_counted_and_scores_0(monkeypatch):
-    tokenizer = byte_tokenizer(RECEIVER)
-    says = Scripted(monkeypatch, byte_ids(tokenizer, "\\boxed{7}"))
-    rows = [rollout(tokenizer, "x" * 50, end="") for _ in range(20)]
-    reward = rltr.TransferReward(lm_of(None, tokenizer, context=8 + 30), max_new_tokens=50, margin=9, prompt="{question}")
-    reward.score(rows, 0)
-    cuts = [r.cuts[0] for r in rows]
-    assert {c.overflow for c in cuts} == {True, False}
-    for r, cut in zip(rows, cuts):
-        assert cut.overflow == (cut.prefix_length >= 30)
-        assert r.r_transfer == cut.correct == (not cut.overflow)
-    assert says.settings["max_new_tokens"] == [30 - c.prefix_length for c in cuts if not c.overflow]
-    for r in rows:
-        r.reward = r.r_transfer
-    assert rltr.summarize(rows, 20)["overflow"] == np.mean([c.overflow for c in cuts])
-
-
-def test_an_empty_prefix_is_legal_and_the_receiver_solves_alone(monkeypatch):
-    tokenizer = byte_tokenizer(RECEIVER)
-    says = Scripted(monkeypatch, byte_ids(tokenizer, "\\boxed{7}"))
-    rows = [rollout(tokenizer, "", end="<|endoftext|>"), rollout(tokenizer, "", end="")]
+def test_an_empty_prefix_is_legal_and_the_receiver_solves_alone(receiver_says):
+    tokenizer = byte_tokenizer(BRACKETS)
+    asked = receiver_says(byte_ids(tokenizer, "\\boxed{7}"))
+    rows = [rollout(tokenizer, "", end=[256]), rollout(tokenizer, "")]
     rltr.TransferReward(lm_of(None, tokenizer), prompt="{question}").score(rows, 0)
-    assert says.prompts == [byte_ids(tokenizer, "[1+6?]->")] * 2
+    assert asked.prompts == [byte_ids(tokenizer, "[1+6?]->")] * 2
     assert [(r.r_transfer, r.cuts[0].prefix_length) for r in rows] == [(1.0, 0)] * 2
 
-
-def test_tau_lies_in_0_excluded_to_1_included(monkeypatch):
-    tokenizer, real = byte_tokenizer(RECEIVER), np.random.default_rng
-
-    class Zeros:                                         # the smallest number that random() can give
-        def random(self, shape=None):
-            return np.zeros(shape)
-
-    says = Scripted(monkeypatch, byte_ids(tokenizer, "x"))
-    monkeypatch.setattr(np.random, "default_rng", lambda *a: Zeros())
-    row = rollout(tokenizer, "abc", end="")
-    rltr.TransferReward(lm_of(None, tokenizer), prompt="{question}").score([row], 0)
-    assert row.cuts[0].tau == 1.0 and says.prompts == [byte_ids(tokenizer, "[1+6?]->abc")]
-    monkeypatch.setattr(np.random, "default_rng", real)
+def test_tau_is_uniform_from_0_excluded_to_1_included(receiver_says, monkeypatch):
+    tokenizer = byte_tokenizer(BRACKETS)
+    receiver_says([])
     rows = [rollout(tokenizer, "abc") for _ in range(400)]
-    reward = rltr.TransferReward(lm_of(None, tokenizer), cuts=5)
-    reward.score(rows, 3)
-    taus = [[c.tau for c in r.cuts] for r in rows]
-    assert np.allclose(np.histogram(taus, bins=8, range=(0, 1))[0], 250, atol=60)
-    assert len({t for row in taus for t in row}) == 2000             # each cut has its own
-    reward.score(rows, 3)
-    assert taus == [[c.tau for c in r.cuts] for r in rows]           # a function of (seed, step)
-    reward.score(rows, 4)
-    assert taus != [[c.tau for c in r.cuts] for r in rows]
 
+    def taus(step):
+        rltr.TransferReward(lm_of(None, tokenizer), cuts=5).score(rows, step)
+        return [[cut.tau for cut in r.cuts] for r in rows]
 
-@pytest.mark.parametrize("style", ["texts", "messages"])
-@pytest.mark.parametrize("ids, generator_known", [(False, False), (True, True), (True, False), (False, True)])
-def test_trl_calls_the_transfer_reward(style, ids, generator_known, monkeypatch):
-    mine, yours = byte_tokenizer(), byte_tokenizer(RECEIVER, reverse=True)
-    texts = ["abcdef", "ghijkl \\boxed{7}"]
-    says = Scripted(monkeypatch, byte_ids(yours, "\\boxed{7}"))
-    reward = rltr.TransferReward(lm_of(None, yours), mine if generator_known else None, cuts=2, prompt="{question}")
+    assert taus(3) == taus(3) != taus(4)                             # a function of (seed, step)
+    assert len({t for row in taus(3) for t in row}) == 2000          # each cut has its own
+    assert np.allclose(np.histogram(taus(3), bins=8, range=(0, 1))[0], 250, atol=60)
+    lowest = type("Lowest", (), {"random": lambda self, shape: np.zeros(shape)})     # of [0, 1)
+    monkeypatch.setattr(np.random, "default_rng", lambda *a: lowest())
+    assert {t for row in taus(3) for t in row} == {1.0} and rows[0].cuts[0].prefix == "abc"
+
+@pytest.mark.parametrize("as_messages", [False, True])
+@pytest.mark.parametrize("ids, tokenizer_given", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_trl_calls_the_transfer_reward(as_messages, ids, tokenizer_given, receiver_says):
+    mine, yours = byte_tokenizer(), byte_tokenizer(BRACKETS, reverse=True)
+    texts, asked = ["abcdef", "ghijkl \\boxed{7}"], receiver_says(byte_ids(yours, "\\boxed{7}"))
+    reward = rltr.TransferReward(lm_of(None, yours), mine if tokenizer_given else None, cuts=2,
+                                 prompt="{question}")
     prompts, completions = ["1+6?", "3+4?"], texts
-    if style == "messages":
+    if as_messages:
         prompts = [[{"role": "user", "content": p}] for p in prompts]
         completions = [[{"role": "assistant", "content": t}] for t in texts]
-    extra = {"completion_ids": [byte_ids(mine, t) + [256] for t in texts]} if ids else {}
-    got = reward(prompts=prompts, completions=completions, answer=["7", "8"], trainer_state=None, **extra)
+    more = {"completion_ids": [byte_ids(mine, t) + [256] for t in texts]} if ids else {}
+    got = reward(prompts=prompts, completions=completions, answer=["7", "8"], state=None, **more)
     assert got == [1.0, 0.0] and all(type(x) is float for x in got) and reward.__name__
-    assert len(says.prompts) == 4
-    for i, prompt in enumerate(says.prompts):
-        head = byte_ids(yours, ["[1+6?]->", "[3+4?]->"][i // 2])
-        assert prompt[:len(head)] == head
-        assert texts[i // 2].startswith(yours.decode(prompt[len(head):]))
-    first = says.prompts
-    reward(prompts, completions, ["7", "8"], **extra)
-    assert says.prompts != first                                     # the next call cuts elsewhere
-
+    for i, prompt in enumerate(map(yours.decode, asked.prompts)):
+        assert prompt.startswith(["[1+6?]->", "[3+4?]->"][i // 2])
+        assert texts[i // 2].startswith(prompt[8:])
+    assert i == 3
+    first = asked.prompts
+    reward(prompts, completions, ["7", "8"], **more)
+    assert asked.prompts != first                        # the next call cuts elsewhere
 
 def test_rewards_are_combined_and_the_raw_ones_kept():
-    rows = [rollout(byte_tokenizer(), text) for text in ("\\boxed{7}", "\\boxed{8}", "7", "\\boxed{7}")]
+    texts = ["\\boxed{7}", "\\boxed{8}", "7", "\\boxed{7}"]
+    rows = [rollout(byte_tokenizer(), text) for text in texts]
     rows[3].finished = False
     rltr.score_answers(rows)
     for r, transfer in zip(rows, (0.25, 0.5, 1.0, 0.0)):
         r.r_transfer = transfer
     rltr.combine_rewards(rows, Config(answer_weight=2.0, transfer_weight=4.0, format_weight=8.0))
-    assert [r.reward for r in rows] == [2 + 1 + 8, 2 + 8, 4, 2]
-    assert [(r.r_answer, r.r_format, r.r_transfer) for r in rows] == [
-        (1, 1, 0.25), (0, 1, 0.5), (0, 0, 1.0), (1, 0, 0.0)]
-
+    assert [(r.reward, r.r_answer, r.r_format, r.r_transfer) for r in rows] == [
+        (2 + 1 + 8, 1, 1, 0.25), (2 + 8, 0, 1, 0.5), (4, 0, 0, 1.0), (2, 1, 0, 0.0)]
 
 def test_advantages_against_numpy():
     rewards = np.random.default_rng(0).choice([0.0, 0.1, 1.0, 1.1, 2.1], (50, 8))
     centred = rewards - rewards.mean(1, keepdims=True)
     want = centred / (rewards.std(1, keepdims=True) + 1e-6)
     for given in (rewards, rewards.tolist(), torch.tensor(rewards)):
-        assert np.allclose(rltr.group_advantages(given), want, atol=1e-12)
+        assert np.allclose(rltr.group_advantages(given), want, rtol=0, atol=1e-12)
     assert np.allclose(rltr.group_advantages(rewards, normalize_std=False), centred, atol=1e-12)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -567,355 +474,578 @@ def test_mistake_twelve_rewards_of_1_point_1_have_a_std_and_so_an_advantage(dtyp
         rewards = torch.full((2, 12), value, dtype=dtype)
         assert (rltr.group_advantages(rewards, normalize) == 0).all()
 
-
 # ------------------------------------------------------------------------------------------- update
-
 
 @pytest.mark.parametrize("chunk", [1, 7, None])
 @pytest.mark.parametrize("name", ["qwen2, tied, sliding", "gemma2", "granite", "cohere"])
 def test_mistake_logits_of_all_tokens_at_once_and_yet_the_chunks_are_exact(name, chunk):
     model = tiny(KINDS[name][0], **KINDS[name][1])
-    lm, rows, sizes = lm_of(model, vocab_size=90), sampled(model, [0, 1, 0, 1], group=2, high=90), []
+    rows, sizes = sampled(model, [0, 1, 0, 1], group=2, high=90), []
     logits = [model(input_ids=torch.tensor([r.prompt + r.tokens]), use_cache=False).logits[
         0, len(r.prompt) - 1:-1, :90] / 0.7 for r in rows]
     want = torch.cat([chosen(x.log_softmax(-1), r.tokens) for x, r in zip(logits, rows)])
     entropy = torch.cat([torch.distributions.Categorical(logits=x).entropy() for x in logits])
-    weights = torch.randn(len(want), generator=torch.Generator().manual_seed(0))
-    parameters = list(model.parameters())
+    weights, parameters = torch.arange(len(want)) % 5 - 2.0, list(model.parameters())
     expected = torch.autograd.grad((want * weights).sum(), parameters)
-    model.get_output_embeddings().register_forward_hook(lambda m, i, out: sizes.append(out.numel() // V))
-    got, got_entropy = rltr.completion_logprobs(lm, rows, 0.7, chunk)
-    assert sum(sizes) == len(want) and max(sizes) <= (chunk or len(want))      # completion tokens only
+    model.get_output_embeddings().register_forward_hook(
+        lambda m, inputs, out: sizes.append(out.numel() // V))
+    got, got_entropy = rltr.completion_logprobs(lm_of(model, vocab_size=90), rows, 0.7, chunk)
+    assert sum(sizes) == len(want) and max(sizes) <= (chunk or len(want))    # no prompt
     for a, b in zip(torch.autograd.grad((got * weights).sum(), parameters), expected):
-        assert torch.allclose(a, b, atol=1e-4 * b.abs().max().item())
+        assert torch.allclose(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
     assert torch.allclose(got, want, atol=1e-5) and torch.allclose(got_entropy, entropy, atol=1e-5)
-
 
 def test_the_clipped_objective_on_cases_made_by_hand():
     for rho, advantage, want, slope in (
-            (1.0, 2.0, 2.0, 2.0), (1.5, 1.0, 1.3, 0.0), (1.5, -1.0, -1.5, -1.5), (0.5, 1.0, 0.5, 0.5),
-            (0.5, -1.0, -0.8, 0.0), (1.25, 1.0, 1.25, 1.25), (0.85, -2.0, -1.7, -1.7), (3.0, 0.0, 0.0, 0.0)):
-        logp = torch.tensor([-2.0 + np.log(rho)], requires_grad=True)
-        value = rltr.policy_objective(logp, torch.tensor([-2.0]), torch.tensor([advantage]), 0.2, 0.3)
+            (1, 2.0, 2, 2), (1.5, 1.0, 1.3, 0.0), (1.5, -1.0, -1.5, -1.5), (0.5, 1.0, 0.5, 0.5),
+            (0.5, -1.0, -0.8, 0.0), (1.25, 1.0, 1.25, 1.25), (0.85, -2.0, -1.7, -1.7)):
+        logp, old = torch.tensor([-2.0 + np.log(rho)], requires_grad=True), torch.tensor([-2.0])
+        value = rltr.policy_objective(logp, old, torch.tensor([advantage]), 0.2, 0.3)
         value.sum().backward()
         assert value.item() == pytest.approx(want) and logp.grad.item() == pytest.approx(slope)
 
-
 def naive_update(model, rollouts, config, vocab_size):
-    """Step 8 by its formula, a token at a time: objective, gradient, and the means over tokens."""
-    groups = [rollouts[i:i + config.group] for i in range(0, len(rollouts), config.group)]
-    live = [g for g in groups if len({r.reward for r in g}) > 1]
+    """Step 8 by its formula, a token at a time: objective, its gradient, entropies, gaps."""
     objective, entropies, gaps = 0.0, [], []
-    for group in live:
-        rewards = np.array([r.reward for r in group])
-        for r, a in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-6)):
-            logits = model(input_ids=torch.tensor([r.prompt + r.tokens]), use_cache=False).logits[0]
-            for t, token in enumerate(r.tokens):
-                p = (logits[len(r.prompt) + t - 1, :vocab_size] / config.temperature).softmax(-1)
-                rho = p[token] / np.exp(r.logprobs[t])
-                low, high = 1 - config.clip_low, 1 + config.clip_high
-                objective = objective + (min if a > 0 else max)(rho, high if a > 0 else low) * a
-                entropies.append(-(p * p.log()).sum().item())
-                gaps.append(abs(p[token].log().item() - r.logprobs[t]))
+    for r in rollouts:
+        i = rollouts.index(r) // config.group * config.group
+        rewards = np.array([other.reward for other in rollouts[i:i + config.group]])
+        if rewards.min() == rewards.max():
+            continue                                     # a dead group
+        a = (r.reward - rewards.mean()) / (rewards.std() + 1e-6)
+        logits = model(input_ids=torch.tensor([r.prompt + r.tokens]), use_cache=False).logits[0]
+        for t, token in enumerate(r.tokens):
+            p = (logits[len(r.prompt) + t - 1, :vocab_size] / config.temperature).softmax(-1)
+            rho = p[token] / np.exp(r.logprobs[t])
+            rho = min(rho, 1 + config.clip_high) if a > 0 else max(rho, 1 - config.clip_low)
+            objective = objective + rho * a
+            entropies.append(-(p * p.log()).sum().item())
+            gaps.append(abs(p[token].log().item() - r.logprobs[t]))
     gradient = torch.autograd.grad(-objective / len(gaps), list(model.parameters()))
     return objective.item() / len(gaps), torch.cat([g.flatten() for g in gradient]), entropies, gaps
 
-
-REWARDS = [1, 0, 0, .1, .1, .1, 2.1, 1.1, .1, 0, 0, 0, 0, 1, 1]      # groups of 3: two of five are dead
-
-
 @pytest.mark.parametrize("in_a_batch", [1, 2, 4, 99])
-def test_mistake_divisor_or_metrics_of_one_micro_batch_or_of_dead_groups(in_a_batch):
+def test_mistake_divisor_or_metrics_are_those_of_one_micro_batch_or_of_dead_groups(in_a_batch):
     lm = lm_of(tiny(), vocab_size=90)
-    rows = sampled(lm.model, REWARDS, noise=0.6, high=90)
+    rewards = [1, 0, 0, .1, .1, .1, 2.1, 1.1, .1, 0, 0, 0, 0, 1, 1]  # threes: two of five are dead
+    rows, optimizer = sampled(lm.model, rewards, noise=0.6, high=90), KeepGradient(lm.model)
     longest = max(len(r.prompt) + len(r.tokens) for r in rows if r.advantage)
-    config = Config(group=3, temperature=0.9, token_budget=in_a_batch * longest, clip_high=0.28)
+    config = Config(group=3, temperature=0.9, token_budget=in_a_batch * longest)
     objective, gradient, entropies, gaps = naive_update(lm.model, rows, config, 90)
-    assert max(gaps) > 0.5                                           # so that both clips are at work
-    optimizer = KeepGradient(lm.model)
+    assert max(gaps) > 0.5                               # so that both clips are at work
     metrics = rltr.update(lm, optimizer, rows, config)
-    assert torch.allclose(optimizer.gradient, gradient, atol=1e-5 * gradient.abs().max().item())
+    assert (optimizer.gradient - gradient).abs().max() < 1e-5 * gradient.abs().max()
     for key, want in (("objective", objective), ("entropy", np.mean(entropies)),
                       ("logprob_gap_mean", np.mean(gaps)), ("logprob_gap_max", max(gaps))):
-        assert metrics[key] == pytest.approx(want, rel=1e-4), key    # not those of the last micro-batch
-
+        assert metrics[key] == pytest.approx(want, rel=1e-4), key
 
 def test_mistake_memory_runs_out_after_hours_because_a_longer_batch_comes_late():
     rows = sampled(tiny(), [0, 1] * 20, group=2)
-    size = lambda r: len(r.prompt) + len(r.tokens)
+    sizes = {id(r): len(r.prompt) + len(r.tokens) for r in rows}
     for budget in (1, 20, 45, 100, 10 ** 6):
-        batches = rltr.micro_batches(rows, budget)
-        areas = [len(b) * max(map(size, b)) for b in batches]
-        assert sorted(map(id, rows)) == sorted(id(r) for b in batches for r in b)
-        assert all(a <= budget or len(b) == 1 for a, b in zip(areas, batches))
-        assert [size(r) for b in batches for r in b] == sorted(map(size, rows), reverse=True)
+        batches = [[id(r) for r in batch] for batch in rltr.micro_batches(rows, budget)]
+        assert sorted(sum(batches, [])) == sorted(sizes)
+        assert all(len(b) * max(sizes[i] for i in b) <= budget or len(b) == 1 for b in batches)
+        assert [sizes[i] for b in batches for i in b] == sorted(sizes.values(), reverse=True)
     assert len(rltr.micro_batches(rows, 1)) == 40 and len(batches) == 1
 
-
 def test_mistake_the_stop_token_is_not_trained_because_it_is_the_pad_token():
-    lm = lm_of(tiny(), byte_tokenizer(), stop_ids=(0,))              # pad_right pads with 0, too
-    rows = [Rollout(None, [5, 6], tokens, [], True, "") for tokens in ([7, 0], [8])]
-    for row, advantage in zip(rows, (1.0, -1.0)):
+    lm = lm_of(tiny())                                               # 0 stops, and pads
+    rows = [Rollout(None, [5, 6], tokens, [], True, "", reward=a, advantage=a)
+            for tokens, a in (([7, 0], 1.0), ([8], -1.0))]
+    for row in rows:
         row.logprobs = chosen(full_logprobs(lm.model, row.prompt, row.tokens), row.tokens).tolist()
-        row.reward = row.advantage = advantage
     before = full_logprobs(lm.model, [5, 6, 7], [0])[0, 0]
-    config = Config(group=2)
-    metrics = rltr.update(lm, rltr.MasterAdamW(lm.model, 1e-3), rows, config)
-    assert metrics["objective"] == pytest.approx((2 * 1 - 1 * 1) / 3)       # two tokens up, one down
+    metrics = rltr.update(lm, rltr.MasterAdamW(lm.model, 1e-3), rows, Config(group=2))
+    assert metrics["objective"] == pytest.approx((2 - 1) / 3)        # two tokens up, one down
     assert full_logprobs(lm.model, [5, 6, 7], [0])[0, 0] > before + 0.01
 
-
-def test_a_batch_of_dead_groups_changes_nothing_and_a_gradient_that_is_not_finite_neither():
+def test_neither_dead_groups_nor_a_gradient_that_is_not_finite_change_anything():
     lm = lm_of(tiny())
     optimizer = rltr.MasterAdamW(lm.model, 1e-2, weight_decay=0.5)
     before = [p.clone() for p in lm.model.parameters()]
-    metrics = rltr.update(lm, optimizer, sampled(lm.model, [1, 1, 1, .1, .1, .1]), Config(group=3))
-    rows = sampled(lm.model, [0, 1, 1])
-    rows[0].advantage = float("nan")
-    rltr.update(lm, optimizer, rows, Config(group=3))
-    assert metrics["grad_norm"] is None
+    dead, broken = sampled(lm.model, [1, 1, 1, .1, .1, .1]), sampled(lm.model, [0, 1, 1])
+    broken[0].advantage = float("nan")
+    assert rltr.update(lm, optimizer, dead, Config(group=3))["grad_norm"] is None
+    rltr.update(lm, optimizer, broken, Config(group=3))
     assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters()))
-
+    rltr.update(lm, optimizer, sampled(lm.model, [0, 1, 1]), Config(group=3))
+    assert not any(torch.equal(a, b) for a, b in zip(before, lm.model.parameters()))
 
 def test_mistake_bf16_weights_do_not_move_at_lr_1e_6():
-    def model(dtype):
-        torch.manual_seed(0)
-        layer = torch.nn.Linear(16, 16, bias=False)
-        layer.weight.data.uniform_(0.01, 0.03)
-        return layer.bfloat16().to(dtype)
+    def layer(dtype):
+        made = torch.nn.Linear(16, 16, bias=False, dtype=dtype)
+        made.weight.data.copy_(start)
+        return made
 
-    def train(layer, optimizer, steps=range(100)):
-        for _ in steps:
+    def train(layer, step, times=100):
+        for _ in range(times):
             layer.weight.backward(direction.to(layer.weight.dtype))
-            optimizer(layer)
-        return layer.weight.detach()
+            step(1e9)
+        return layer.weight.detach().clone()
 
-    direction, start = torch.randn(16, 16).bfloat16(), model(torch.bfloat16).weight.detach()
-    fp32, bf16, plain = model(torch.float32), model(torch.bfloat16), model(torch.bfloat16)
-    exact, ours = rltr.MasterAdamW(fp32, 1e-6), rltr.MasterAdamW(bf16, 1e-6)
+    torch.manual_seed(0)
+    direction, start = torch.randn(16, 16).bfloat16(), torch.rand(16, 16).bfloat16() / 64 + 1 / 64
+    fp32, bf16, plain, again = map(layer, (torch.float32, *[torch.bfloat16] * 3))
     naive = torch.optim.AdamW(plain.parameters(), 1e-6)
-    moved = train(bf16, lambda layer: ours.step(1e9))
-    assert torch.equal(moved, train(fp32, lambda layer: exact.step(1e9)).bfloat16())
+    assert torch.equal(train(plain, lambda norm: naive.step()), start)
+    ours, exact = rltr.MasterAdamW(bf16, 1e-6), rltr.MasterAdamW(fp32, 1e-6)
+    moved = train(bf16, ours.step)
+    assert torch.equal(moved, train(fp32, exact.step).bfloat16())
     assert (moved != start).float().mean() > 0.5
-    assert torch.equal(train(plain, lambda layer: naive.step()), start)      # what ours is there for
 
-    again = model(torch.bfloat16)                        # masters, too, outlive a checkpoint
-    resumed = rltr.MasterAdamW(again, 1e-6)
+    resumed = rltr.MasterAdamW(again, 1e-6)              # the masters outlive a checkpoint
     again.weight.data.copy_(moved)
     resumed.load_state_dict(ours.state_dict())
     for _ in range(60):
-        assert torch.equal(train(again, lambda layer: resumed.step(1e9), [0]),
-                           train(bf16, lambda layer: ours.step(1e9), [0]))
-    for small in (1.0, 2.0 ** -10):                      # micro-batches add up in fp32: bf16 has 8 bits
+        assert torch.equal(train(again, resumed.step, 1), train(bf16, ours.step, 1))
+    for small in (1.0, 2.0 ** -10):                  # micro-batches add up in fp32: bf16 has 8 bits
         again.weight.backward(torch.full((16, 16), small, dtype=torch.bfloat16))
     assert resumed.step(1e9) == pytest.approx(16 * (1 + 2 ** -10), rel=1e-6)
 
+def test_the_gradient_is_clipped_to_the_norm_and_cleared():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    optimizer = rltr.MasterAdamW(layer, 1e-3)
+    for scale in (1.0, 100.0):
+        layer.weight.backward(torch.tensor([[3.0, 4.0]]) * scale)
+        assert optimizer.step(1.0) == pytest.approx(5 * scale)
+    mean = optimizer.adam.state[layer.weight]["exp_avg"] / (1 - 0.9 ** 2)        # of both gradients
+    assert torch.allclose(mean, torch.tensor([[0.6, 0.8]]), atol=1e-5)
 
 # --------------------------------------------------------------------------------------------- runs
 
-
 @pytest.fixture(scope="session")
 def task(tmp_path_factory):
-    """A folder like make_tiny's, with smaller models that learnt less: half of the answers are right."""
+    """A folder like make_tiny's, with smaller models that learnt less."""
     folder = tmp_path_factory.mktemp("tiny")
-    os.environ["XDG_CACHE_HOME"] = str(folder)
     rltr.warm_start(folder / "generator", 32, 100, 0.3, 0)
     rltr.warm_start(folder / "receiver", 40, 60, 0.0, 1)
     problems = [rltr.tiny_problem(random.Random(i)) for i in range(9)]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, _, a in problems))
+    (folder / "train.jsonl").write_text("\n".join(
+        json.dumps({"question": question, "answer": answer}) for question, _, answer in problems))
     return folder
 
-
-def run(task, out, *flags):
-    return rltr.main([
-        "--model", f"{task}/generator", "--receiver", f"{task}/receiver", "--data", f"{task}/train.jsonl",
-        "--prompt", "{question}", "--steps", "4", "--prompts", "2", "--group", "4", "--max-new-tokens", "28",
-        "--cuts", "2", "--lr", "1e-3", "--save-every", "2", "--device", "cpu", "--out", str(out), *flags])
-
+def run(task, out, flags=""):
+    given = f"""--model {task}/generator --receiver {task}/receiver --data {task}/train.jsonl
+        --out {out} --prompt {{question}} --steps 4 --prompts 2 --group 4 --max-new-tokens 28
+        --cuts 2 --lr 1e-3 --save-every 2 --device cpu {flags}"""
+    return rltr.main(given.split())
 
 def read(out, name):
-    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    """Lines of metrics.jsonl or rollouts.jsonl, without what differs from run to run."""
+    rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    differs = ("seconds", "tokens_per", "peak")
+    return [{k: v for k, v in row.items() if not k.startswith(differs)} for row in rows]
 
-
-def weights(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-
-def untimed(metrics):
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "peak"))} for row in metrics]
-
+def weights(folder):
+    return flat(AutoModelForCausalLM.from_pretrained(folder))
 
 @pytest.fixture(scope="session")
-def finished_run(task, tmp_path_factory):
+def whole(task, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "a"
     assert run(task, out) == 0
     return out
 
-
-def test_the_folder_of_a_run(task, finished_run):
-    assert {p.name for p in finished_run.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "final"}
-    assert sorted(p.name for p in (finished_run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
-    assert json.loads((finished_run / "config.json").read_text())["lr"] == 1e-3
-    assert [m["step"] for m in read(finished_run, "metrics")] == [1, 2, 3, 4]
-    assert len(read(finished_run, "rollouts")) == 4 * 4
-    final = weights(finished_run / "final")
-    assert torch.equal(final, weights(finished_run / "checkpoints/step-000004"))
+def test_the_folder_of_a_run(task, whole):
+    assert {str(file.relative_to(whole)) for file in (*whole.glob("*"), *whole.glob("c*/*"))} == {
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "final",
+        "checkpoints/step-000002", "checkpoints/step-000004"}
+    assert json.loads((whole / "config.json").read_text())["lr"] == 1e-3
+    assert [m["step"] for m in read(whole, "metrics")] == [1, 2, 3, 4]
+    final = weights(whole / "final")
+    assert torch.equal(final, weights(whole / "checkpoints/step-000004"))
     assert (final - weights(task / "generator")).abs().max() > 1e-5
-    tokenizer = transformers.AutoTokenizer.from_pretrained(finished_run / "final")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "final")
     assert tokenizer.decode(tokenizer.encode("Q1>*6;")) == "Q1>*6;"
 
-
 def test_what_is_logged_is_what_happened(task, tmp_path):
-    assert run(task, tmp_path / "a", "--prompts", "1", "--group", "8", "--transfer-weight", "3") == 0
-    config, tokenizer = Config(group=8, transfer_weight=3.0), rltr.tiny_tokenizer()
-    live = 0
+    assert run(task, tmp_path / "a", "--prompts 1 --group 8 --transfer-weight 3") == 0
+    tokenizer, right, alive = rltr.tiny_tokenizer(), rltr.is_correct, 0
     for metrics in read(tmp_path / "a", "metrics"):
         rows = [r for r in read(tmp_path / "a", "rollouts") if r["step"] == metrics["step"]]
-        cuts, mean = [c for r in rows for c in r["cuts"]], lambda key: np.mean([r[key] for r in rows])
-        rewards = np.array([r["reward"] for r in rows])
-        assert np.allclose([r["advantage"] for r in rows], (rewards - rewards.mean()) / (rewards.std() + 1e-6))
+        column = {name: np.array([r[name] for r in rows], float) for name in (
+            "reward", "advantage", "r_answer", "r_transfer", "r_format", "finished")}
+        cuts, rewards = [c for r in rows for c in r["cuts"]], column["reward"]
+        assert np.allclose(rewards, sum(w * column[name] for w, name in (
+            (1, "r_answer"), (3, "r_transfer"), (0.1, "r_format"))))
+        assert np.allclose(column["advantage"], (rewards - rewards.mean()) / (rewards.std() + 1e-6))
         for r in rows:
-            assert r["reward"] == pytest.approx(r["r_answer"] + 3 * r["r_transfer"] + 0.1 * r["r_format"])
-            assert r["text"] == rltr.decode(tokenizer, r["tokens"]) and r["finished"] == (r["tokens"][-1] == 1)
-            assert r["r_answer"] == rltr.is_correct(r["text"], r["problem"]["answer"])
-            assert len(r["cuts"]) == 2 and r["r_transfer"] == np.mean([c["correct"] for c in r["cuts"]])
+            gold, tokens, text = r["problem"]["answer"], r["tokens"], r["text"]
+            assert text == rltr.decode(tokenizer, tokens) and r["finished"] == (tokens[-1] == 1)
+            assert r["r_answer"] == right(text, gold) and len(r["cuts"]) == 2 and len(rows) == 8
+            assert r["r_transfer"] == np.mean([c["correct"] for c in r["cuts"]])
             for c in r["cuts"]:
-                assert c["prefix_length"] == int(c["tau"] * (len(r["tokens"]) - r["finished"]))
-                assert c["prefix"] == rltr.decode(tokenizer, r["tokens"][:c["prefix_length"]])
-                assert c["correct"] == rltr.is_correct(c["prefix"] + c["continuation"], r["problem"]["answer"])
-        for key, want in (("reward", mean("reward")), ("accuracy", mean("r_answer")), ("transfer", mean("r_transfer")),
-                          ("format", mean("r_format")), ("finished", mean("finished")),
-                          ("length", np.mean([len(r["tokens"]) for r in rows])),
-                          ("leak", np.mean([c["leaked"] for c in cuts])),
-                          ("dead_groups", float(len(set(rewards)) == 1))):
-            assert metrics[key] == pytest.approx(want), key
-        for low in (0.0, 0.25, 0.5, 0.75):
-            inside = [c["correct"] for c in cuts if low < c["tau"] <= low + 0.25]
-            assert metrics[f"transfer_tau_{low}_{low + 0.25}"] == (np.mean(inside) if inside else None)
-        live += metrics["dead_groups"] < 1
+                assert c["prefix_length"] == int(c["tau"] * (len(tokens) - r["finished"]))
+                assert c["prefix"] == rltr.decode(tokenizer, tokens[:c["prefix_length"]])
+                assert c["correct"] == right(c["prefix"] + c["continuation"], gold)
+        low = [c["correct"] for c in cuts if 0.25 < c["tau"] <= 0.5]
+        for name, values in {
+                "reward": rewards, "accuracy": column["r_answer"], "transfer": column["r_transfer"],
+                "format": column["r_format"], "finished": column["finished"],
+                "leak": [c["leaked"] for c in cuts], "length": [len(r["tokens"]) for r in rows],
+                "dead_groups": np.ptp(rewards) == 0, "transfer_tau_0.25_0.5": low}.items():
+            want = pytest.approx(np.mean(values)) if np.size(values) else None
+            assert metrics[name] == want, name
+        alive += not metrics["dead_groups"]
         assert metrics["dead_groups"] or metrics["logprob_gap_max"] < 1e-3
-    assert live
-
+    assert alive
 
 def test_rlvr_loads_no_receiver_and_self_is_a_frozen_copy(task, tmp_path, monkeypatch):
-    assert run(task, tmp_path / "b", "--transfer-weight", "0", "--receiver", "does/not-exist", "--steps", "2") == 0
+    assert run(task, tmp_path / "b", "--transfer-weight 0 --receiver does/not-exist --steps 2") == 0
     assert not any(r["cuts"] or r["r_transfer"] for r in read(tmp_path / "b", "rollouts"))
-    loaded, load_lm = [], rltr.load_lm
-    monkeypatch.setattr(rltr, "load_lm", lambda *a, **k: loaded.append(load_lm(*a, **k)) or loaded[-1])
-    assert run(task, tmp_path / "c", "--receiver", "self", "--steps", "2") == 0
-    flat = [torch.cat([p.detach().flatten() for p in lm.model.parameters()]) for lm in loaded[:2]]
-    assert torch.equal(flat[1], weights(task / "generator")) and not torch.equal(flat[0], flat[1])
+    loaded, load = [], rltr.load_lm
+    monkeypatch.setattr(rltr, "load_lm", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    assert run(task, tmp_path / "c", "--receiver self --steps 2") == 0
+    trained, frozen = (flat(lm.model) for lm in loaded)
+    assert torch.equal(frozen, weights(task / "generator")) and not torch.equal(trained, frozen)
 
+def fail_in_the_second_checkpoint(monkeypatch, error):
+    save, calls = torch.save, []
 
-def test_mistake_resume_repeats_a_batch_or_reseeds(task, finished_run, tmp_path, monkeypatch):
-    out, save, saved = tmp_path / "b", torch.save, []
-
-    def killed_in_the_second_checkpoint(*arguments, **settings):
-        saved.append(arguments)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
+    def failing(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
         save(*arguments, **settings)
+    monkeypatch.setattr(torch, "save", failing)
 
-    monkeypatch.setattr(torch, "save", killed_in_the_second_checkpoint)
+def test_mistake_resume_repeats_a_batch_or_reseeds(task, whole, tmp_path, monkeypatch):
+    fail_in_the_second_checkpoint(monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        run(task, out)
+        run(task, tmp_path / "b")
     monkeypatch.undo()
+    out = tmp_path / "b"
     assert len(read(out, "metrics")) == 4 and not (out / "final").exists()
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')                               # and a line cut off
     assert rltr.main(["--resume", str(out)]) == 0
     for name in ("metrics", "rollouts"):
-        assert untimed(read(out, name)) == untimed(read(finished_run, name))
-    assert torch.equal(weights(out / "final"), weights(finished_run / "final"))
-    optimizers = [torch.load(folder / "checkpoints/step-000004/optimizer.pt") for folder in (out, finished_run)]
-    assert all(torch.equal(a["exp_avg_sq"], b["exp_avg_sq"]) for a, b in zip(
-        *(o["adam"]["state"].values() for o in optimizers), strict=True))
+        assert read(out, name) == read(whole, name)
+    assert torch.equal(weights(out / "final"), weights(whole / "final"))
+    ours, theirs = (torch.load(folder / "checkpoints/step-000004/optimizer.pt")["adam"]["state"]
+                    for folder in (out, whole))
+    assert all(torch.equal(ours[i]["exp_avg_sq"], theirs[i]["exp_avg_sq"]) for i in theirs)
+    assert sorted(p.name for p in out.rglob("*")) == sorted(p.name for p in whole.rglob("*"))
     assert rltr.main(["--resume", str(out), "--lr", "1"]) == 2       # that would be another run
     assert rltr.main(["--resume", str(tmp_path / "nothing")]) == 2
 
-
-def test_two_steps_and_a_resume_to_four_are_four_steps(task, finished_run, tmp_path):
-    assert run(task, tmp_path / "b", "--steps", "2") == 0
+def test_two_steps_and_a_resume_to_four_are_four_steps(task, whole, tmp_path):
+    assert run(task, tmp_path / "b", "--steps 2") == 0
     assert rltr.main(["--resume", str(tmp_path / "b"), "--steps", "4"]) == 0
-    assert untimed(read(tmp_path / "b", "metrics")) == untimed(read(finished_run, "metrics"))
-    assert torch.equal(weights(tmp_path / "b/final"), weights(finished_run / "final"))
-
-
-def test_without_model_the_tiny_settings_replace_what_the_user_did_not_set(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(rltr, "make_tiny", lambda seed: task)
-    assert rltr.main(["--steps", "1", "--prompts", "2", "--cuts", "3", "--eval-data", "", "--out", str(tmp_path / "a")]) == 0
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert (config["steps"], config["cuts"], config["eval_data"]) == (1, 3, "")
-    assert config["model"] == f"{task}/generator" and config["receiver"] == f"{task}/receiver"
-    for key in set(rltr.TINY) - {"steps", "cuts", "eval_data", "model", "receiver", "data"}:
-        assert config[key] == rltr.TINY[key], key
-    assert config["group"] == Config().group
-
-
-def test_tiny_problems_compute_modulo_7():
-    for seed in range(50):
-        question, chain, answer = rltr.tiny_problem(random.Random(seed))
-        value = int(question[1])
-        for operator, operand, shown in zip(question[3::4], question[4::4], chain[3::4]):
-            value = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[operator] % 7
-            assert int(shown) == value
-        assert answer == str(value % 2) and chain.endswith(f"\\boxed{{{answer}}}")
-        assert rltr.is_correct(rltr.decode(rltr.tiny_tokenizer(), rltr.tiny_tokenizer().encode(chain)), answer)
-
-
-BAD = {
-    "unknown model": ["--model", "nobody/nothing"], "short name": ["--model", "Qwen2.5-0.0B"],
-    "unknown receiver": ["--receiver", "nobody/nothing"], "empty folder as model": ["--model", "{tmp}"],
-    "unknown data": ["--data", "nobody/nothing"], "missing file": ["--data", "{tmp}/no.jsonl"],
-    "columns": ["--data", "{tmp}/columns.jsonl"], "empty": ["--data", "{tmp}/empty.jsonl"],
-    "no json": ["--data", "{tmp}/broken.jsonl"], "not rows": ["--data", "{tmp}/rows.json"],
-    "answer missing": ["--data", "{tmp}/answer.jsonl"], "no box": ["--data", "{tmp}/box.jsonl"],
-    "group of one": ["--group", "1"], "negative weight": ["--transfer-weight", "-1"],
-    "no reward": ["--answer-weight", "0", "--transfer-weight", "0", "--format-weight", "0"],
-    "nan": ["--lr", "nan"], "infinite": ["--lr", "inf"], "steps": ["--steps", "0"], "cuts": ["--cuts", "0"],
-    "temperature": ["--temperature", "0"], "budget": ["--token-budget", "0"], "seed": ["--seed", "-1"],
-    "context": ["--max-new-tokens", "128"], "prompt": ["--prompt", "no place for it"],
-    "device": ["--device", "abacus"], "out in use": ["--out", "{tmp}/used"],
-    "out is a file": ["--out", "{tmp}/no.txt"], "out below a file": ["--out", "{tmp}/no.txt/a"]}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"columns.jsonl": '{"question": "x"}', "empty.jsonl": "\n", "broken.jsonl": "{", "no.txt": "",
-                       "rows.json": '{"a": 1}', "answer.jsonl": '{"question": "x", "answer": null}',
-                       "box.jsonl": '{"question": "x", "solution": "so 7"}', "used/config.json": "{}"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    before = sorted(tmp_path.rglob("*"))
-    assert run(task, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in BAD[case])) == 2
-    error = capfd.readouterr().err.splitlines()
-    assert len(error) == 1 and error[0].startswith("rltr: ") and len(error[0]) > 25, error
-    assert sorted(tmp_path.rglob("*")) == before                     # no half-made run is left behind
-
+    assert read(tmp_path / "b", "metrics") == read(whole, "metrics")
+    assert torch.equal(weights(tmp_path / "b/final"), weights(whole / "final"))
 
 def test_a_full_disk_is_one_clear_line_and_loses_no_checkpoint(task, tmp_path, monkeypatch, capfd):
-    save, saved = torch.save, []
-
-    def full(*arguments, **settings):
-        saved.append(arguments)
-        if len(saved) == 2:
-            raise OSError(28, "No space left on device")
-        save(*arguments, **settings)
-
-    monkeypatch.setattr(torch, "save", full)
+    fail_in_the_second_checkpoint(monkeypatch, OSError(28, "No space left on device"))
     assert run(task, tmp_path / "a") == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("rltr: ")
     assert (tmp_path / "a/checkpoints/step-000002/optimizer.pt").exists()
 
+def test_without_model_tiny_settings_replace_what_the_user_did_not_set(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(rltr, "make_tiny", lambda seed: task)
+    monkeypatch.chdir(tmp_path)
+    assert rltr.main([*"--steps 1 --prompts 2 --cuts 3 --out a --eval-data".split(), ""]) == 0
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    given = {"steps": 1, "prompts": 2, "cuts": 3, "eval_data": ""}
+    for key, want in {**vars(Config()), **rltr.TINY, **given, "out": "a"}.items():
+        assert config[key] == (want.replace("tiny/", f"{task}/") if isinstance(want, str) else want)
+
+BAD = {
+    "unknown model": "--model nobody/nothing", "short name": "--model Qwen2.5-0.0B",
+    "unknown receiver": "--receiver nobody/nothing", "folder without a model": "--model {tmp}",
+    "unknown data": "--data nobody/nothing", "missing file": "--data {tmp}/no.jsonl",
+    "columns": "--data {tmp}/columns.jsonl", "empty": "--data {tmp}/empty.jsonl",
+    "no json": "--data {tmp}/broken.jsonl", "not rows": "--data {tmp}/rows.json",
+    "answer missing": "--data {tmp}/answer.jsonl", "no box": "--data {tmp}/box.jsonl",
+    "group of one": "--group 1", "negative weight": "--transfer-weight -1",
+    "no reward": "--answer-weight 0 --transfer-weight 0 --format-weight 0",
+    "nan": "--lr nan", "infinite": "--lr inf", "steps": "--steps 0", "cuts": "--cuts 0",
+    "temperature": "--temperature 0", "budget": "--token-budget 0", "seed": "--seed -1",
+    "context": "--max-new-tokens 128", "prompt": "--prompt no_place", "device": "--device abacus",
+    "out in use": "--out {tmp}/used", "out is a file": "--out {tmp}/no.txt",
+    "out below a file": "--out {tmp}/no.txt/a"}
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "used").mkdir()
+    for name, text in {
+            "columns.jsonl": '{"question": "x"}', "empty.jsonl": "\n", "broken.jsonl": "{",
+            "rows.json": '{"a": 1}', "answer.jsonl": '{"question": "x", "answer": null}',
+            "box.jsonl": '{"question": "x", "solution": "7"}', "no.txt": "", "used/a": ""}.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(task, tmp_path / "out", BAD[case].replace("{tmp}", str(tmp_path))) == 2
+    [error] = capfd.readouterr().err.splitlines()
+    assert error.startswith("rltr: ") and len(error) > 25
+    assert sorted(tmp_path.rglob("*")) == before                   # no half-made run is left behind
 
 def test_every_setting_is_a_flag_with_help_and_the_examples_in_the_docstrings_are_true(capsys):
     with pytest.raises(SystemExit) as stop:
         rltr.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for f in rltr.dataclasses.fields(Config):
-        assert f"--{f.name.replace('_', '-')} " in text and len(f.metadata["help"]) > 5
+    text = "".join(capsys.readouterr().out.split())                  # argparse breaks lines at will
+    for name, f in Config.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in text and "".join(f.metadata["help"].split()) in text
     failed, attempted = doctest.testmod(rltr)
-    assert failed == 0 and attempted >= 3
+    assert stop.value.code == 0 and failed == 0 and attempted >= 3
+
+# ------------------------------------------------------------------------------------------ answers
+
+
+EQUAL = r"""
+1,234,567 == 1234567 | 12{,}500 == 12500 | 12\,500 == 12500 | −8 == -8 | ７ == 7 |
+\frac{3}{16} == .1875 | \tfrac79 == 7/9 | -\frac{7}{9} == \frac{-7}{9} | 2\frac{7}{8} == 23/8 |
+35\% == 35 | \$7.50 == 7.5 | 14\text{ km} == 14 | 14 \mathrm{~m/s} == 14 | 8 books == 8 |
+72^\circ == 72 | \sqrt{27} == 3\sqrt3 | \frac{1}{\sqrt{7}} == \frac{\sqrt{7}}{7} |
+\sqrt[3]{24} == 2\sqrt[3]{3} | 5π/6 == \frac{5\pi}{6} | 3\times10^{4} == 3e4 | 2^{-3} == 1/8 |
+(x-3)^2 == x^2-6x+9 | \frac{ab}{3} == ba/3 | \sin 2x == 2 \sin x \cos x | \ln 9 == 2\ln 3 |
+3^{n+1} == 3\cdot3^n | (2+i)^2 == 3+4i | \sqrt{-9} == 3i | \left(\frac12, 3\right) == (0.5,3) |
+\{4,5\} == \{5,4\} | 7, 8 \text{ and } 9 == 9,8,7 | \pm 6 == 6,-6 |
+[1,4)\cup(7,\infty) == (7,\infty)\cup[1,4) | 101_2 == 101_{2} |
+\begin{pmatrix} 1/2 \\ 3 \end{pmatrix} == \begin{bmatrix} 0.5 \\ 3 \end{bmatrix} | \text{(D)} == D |
+\text{No} == no | \text{3:15 p.m.} == 3:15 pm | 5:7 == 5 : 7 | \text{north} == North |
+\boldsymbol{9} == 9 | \frac{x^2-4}{x-2} == x+2 | x = 9 == 9 | f(3)=9 == 9 |
+AB = 2\sqrt{3} == \sqrt{12} | x=2,y=7 == y=7,x=2 | x=2,y=7 == 2,7 | x \ge 4 == [4,\infty) |
+1 < t \le 6 == (1,6] | x \in (1,6] == (1,6] |
+\mathbb{R} \setminus \{4\} == (-\infty,4)\cup(4,\infty) | S = \{1,2\} == \{2,1\}
+"""
+UNEQUAL = r"""
+6 != 6\sqrt2 | 1/100! != 1/101! | (3,4) != (4,3) | [3,4] != (3,4) | [3,4) != (3,4] | \pm 6 != 6 |
+10:30 != 11:30 | 3:15 am != 3:15 pm | \frac{1}{6} != 16 | 7 != 7! | \frac16 != 0.1667 |
+\sqrt3 != 1.7320508075 | \pi != 3.14159 | 10^{30} != 10^{30}+1 | 45 != 4.5 | 1,234 != 1 |
+6, 700 != 6700 | 9 km != 9 hours | 9\% != 0.09 | 3 million != 3 | 3\frac12 != \frac{31}{2} |
+3 1/2 != 31/2 | 101_2 != 101 | 101_2 != 101_3 | 101_2 != 5 | x != |x| | x != y | x^{ab} != x^a b |
+2x != x^2 | 3-2i != 3+2i | 4:5 != 5:4 | \log x != \ln x | \binom{7}{2} != \frac{7}{2} | arm != ram |
+(A) != (B) | yes != no | x=3 != y=3 | x=3 != x=4 | x=2,y=7 != x=7,y=2 | x=2,y=7 != 7,2 |
+x^2+y^2=9 != 9 | x^2+3y^2=9 != x^2+4y^2=9 | 4^{2}! != 16 | x > 4 != x \ge 4 | x > 4 != x < 4 |
+x > 4 != -x > -4 | 2x=10 != 10 | x \ne 4 != 4 | \{1,2\} != (1,2) | \{1,2\} != \{1,2,7\} |
+1,1,2 != 1,2,2 | (1,2),(3,4) != (1,2,3,4) | (0,1)\cup(2,3) != (0,1)\cup[2,3) |
+\sum_{n=1}^{4} n != 10 | e^{-900} != 0 |
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix} | 5 or 6 != 5
+"""
+HOSTILE = [
+    '{' * 10**6, '(' * 10**6 + ')' * 10**6, r'\frac{' * 10**6, '9' * 10**5, '9^' * 250 + '9', '][',
+    '9^{9^{9^{9^9}}}', '99!!!!!!', '2000!,' * 90, '+'.join(f'1/{n}!' for n in range(2000, 2060)),
+    '-' * 500, '1e999999999', '1/' * 250 + '3', r'\sqrt{' * 90 + '2' + '}' * 90, 'x_' * 250, '\x00',
+    '(1,' * 150 + '2' + ')' * 150, '\x005\x00', '\ud800', '٣٤', '\u202e12\u202c', '½' * 500, '\\',
+    'ﷺ' * 500, '}{', '\\\\', '$' * 500, '|' * 500, "__import__('os').system('true')", '%s%n{0}',
+    r'\begin{pmatrix}' * 30, ','.join(f'({n},{n + 1})' for n in range(80)), '±1' * 99,
+    'f(a)' * 120 + '+=5']
+
+def pairs(table, sign):
+    return [pair.split(sign) for pair in ' '.join(table.split('\n')).strip().split(' | ')]
+
+@pytest.mark.parametrize('a, b', pairs(EQUAL, ' == '))
+def test_equal(a, b):
+    assert answers_equal(a, b) and answers_equal(b, a)
+    assert is_correct(f'So it is $\\boxed{{{a}}}$.', b)
+
+@pytest.mark.parametrize('a, b', pairs(UNEQUAL, ' != '))
+def test_unequal(a, b):
+    assert not answers_equal(a, b) and not answers_equal(b, a)
+
+def test_different_answers_differ():
+    different = r"""
+        5 -5 5! 5^2 5i 5\pi 5x 5y 5x^2 5/2 0.5 \sqrt5 \sqrt[3]{5} (5,5) \{5,6\} [5,6] (5,6) (6,5)
+        (5,6] 5_6 5:6 x>5 x<5 x\ge5 x\ne5 |x| x x^{-1} \frac{x}{5} x+y=5 x^2+y^2=5 x^2+y^2=25 e^x
+        y=5x+1 \sin5 \sin{x} \cos{x} \ln5 \log5 e^5 e^{-x} x_1 x_2 \pm5 5\pm\sqrt2 5\text{million}
+        (-\infty,5] (-\infty,5)\cup(6,\infty) \binom{7}{4} 0.\overline{5} A \text{(Q)} even odd
+        5:06\text{am} 5:06\text{pm} \begin{pmatrix}5\\7\end{pmatrix} \int_0^5x \sum_{n=1}^5n
+        """.split()
+    assert not [(a, b) for a in different for b in different if a != b and answers_equal(a, b)]
+
+@pytest.mark.parametrize('text, answer', [
+    (r'\boxed{1} then \boxed{2}', '2'), (r'\boxed{\frac{1}{\sqrt{7}}}', r'\frac{1}{\sqrt{7}}'),
+    (r'\boxed{\boxed{3}}', '3'), (r'\fbox{4}', '4'), ('\\boxed\n {5}', '5'), ('#### -3', '-3'),
+    (r'\boxed{\left\{1\right.}', r'\left\{1\right.'), ('a\n#### 1,250\n', '1,250'), ('8', None),
+    (r'\boxed{6', None), (r'\boxed{7} \boxed{', None), ('#### Step 2: add', None), ('', None),
+    ('The answer is 8.', None), (r'\boxed}8{', None), ('\\boxed' + '{' * 10**6, None)])
+def test_extract(text, answer):
+    assert extract_answer(text) == answer
+
+def test_fallback():
+    for text in ('The answer is 12.', 'The answer is $12$. I see.', '5 + 7 = 12 apples', 'A: 12'):
+        assert is_correct(text, '12', fallback=True) and not is_correct(text, '12')
+
+def test_hostile_and_random_strings_are_equal_to_themselves_only_and_symmetric():
+    rng = random.Random(0)
+    alphabet = [*'0123456789.,;:+-*/^_!|()[]{}<>=$% ~\\\'"&abxei\n\x00½π√±∪', r'\frac', r'\sqrt',
+                r'\text{', r'\pm', r'\{', r'\}', r'\sin', r'\le', r'\left(', ' and ', r'\overline{']
+    noise = [''.join(rng.choices(alphabet, k=rng.randrange(1, 30))) for _ in range(2000)]
+    golds = ['7', r'\frac{3}{8}', '(3,8)', 'x+8', '3,8', r'\text{Q}', 'x>8', '100!']
+    for s in HOSTILE + noise[:300]:
+        assert answers_equal(s, s)
+        assert is_correct(f'\\boxed{{{s}}}', '31337.5') is False
+        for gold in golds:
+            assert answers_equal(s, gold) is answers_equal(gold, s)
+    for a, b in zip(HOSTILE + noise, noise[::-1]):
+        assert answers_equal(a, b) is answers_equal(b, a)
+
+def test_checks_count():
+    CHECKS.clear()
+    for text in ('nothing', r'\boxed{\int x}', r'\boxed{east}'):
+        is_correct(text, 'west' if 'east' in text else '5')
+    assert CHECKS == {'missing': 1, 'unparsed': 1, 'compared_as_text': 2}
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+POOL = ["1,000", "1000", "7", "8", None]              # the first two are the same answer
+
+
+def draws(n, seed):
+    return random.Random(seed).choices(POOL, [2, 2, 3, 1, 2], k=n)
+
+
+def vote_is_right(answers):
+    return majority_vote(answers) in ("1,000", "1000")
+
+
+@pytest.mark.parametrize("answers, vote", [
+    ([], None), ([None, None], None), ([None, "3", None], "3"), (["4", "3", "3"], "3"),
+    (["4", "3", "3", "4"], "4"), (["1,000", "2", "1000", "2", "1000"], "1,000")])
+def test_votes_of_equivalents_count_together_and_the_first_wins_ties(answers, vote):
+    assert majority_vote(answers) == vote
+    if answers:
+        assert maj_at_k(answers, vote or "3", len(answers)) == (vote is not None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_maj_at_k_is_the_mean_over_subsets(seed):
+    answers = draws(9, seed)
+    for k in range(1, 10):
+        exact = np.mean([vote_is_right(s) for s in itertools.combinations(answers, k)])
+        tolerance = 1e-12 if k in (1, 9) else 4 * np.sqrt(exact * (1 - exact) / 1000) + 1e-12
+        assert abs(maj_at_k(answers, "1000", k) - exact) <= tolerance
+    assert maj_at_k(["7"] * 8 + ["8"] * 8, "7", 2) > 0.7       # of a pair 7, 8 the 7 was first
+
+
+@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (6, 0), (6, 2), (6, 6)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n, c):
+    for k in range(1, n + 1):
+        exact = np.mean([min(s) < c for s in itertools.combinations(range(n), k)])
+        assert pass_at_k(n, c, k) == pytest.approx(exact, abs=1e-15)
+    assert pass_at_k(n, c, 1) == c / n and 0 < pass_at_k(100_000, 1, 3) < 3.1e-5
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sample_rows(last=None):
+    say = {None: "no idea", **{a: f"so \\boxed{{{a}}}" for a in POOL if a}}
+    return [{"question" if i % 2 else "problem": f"q{i}", "answer": "1000" if i % 3 else 1000,
+             "completions": [say[a] for a in [*draws(8, i)[:-1], last or draws(8, i)[-1]]]}
+            for i in range(12)]
+
+
+def result_of(*argv, out):
+    assert evaluation.main([*argv, "--out", str(out)]) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def test_samples_are_scored_as_by_brute_force(tmp_path, capsys):
+    path = write_lines(tmp_path / "s.jsonl", sample_rows())
+    result = result_of("--samples", path, "--k", "3", out=tmp_path / "o")
+    out, answers = capsys.readouterr().out, [draws(8, i) for i in range(12)]
+    right = [[a in ("1000", "1,000") for a in group] for group in answers]
+    assert result["accuracy"] == result["maj"]["1"] == pytest.approx(np.mean(right))
+    half = 1.96 * np.std(np.mean(right, axis=1)) / 12 ** 0.5
+    interval = [np.mean(right) - half, np.mean(right) + half]
+    assert result["intervals"]["accuracy"] == pytest.approx(interval, abs=0.02)
+    assert result["figures"]["answered"] == np.mean([a is not None for g in answers for a in g])
+    assert list(result["maj"]) == list(result["pass"]) == ["1", "2", "3", "4", "8"]
+    assert result["maj"]["8"] == np.mean([vote_is_right(group) for group in answers])
+    for k in (2, 3, 4):
+        maj = np.mean([[vote_is_right(s) for s in itertools.combinations(g, k)] for g in answers])
+        passed = np.mean([[any(s) for s in itertools.combinations(g, k)] for g in right])
+        assert result["maj"][str(k)] == pytest.approx(maj, abs=0.02)
+        assert result["pass"][str(k)] == pytest.approx(passed)
+    assert f"{result['accuracy']:.3f} [" in out and "first seen" in out
+    loose = result_of("--samples", path, "--fallback", "--k", "3", out=tmp_path / "f")
+    assert loose["figures"] == result["figures"]              # "no idea" holds no number either
+    path = write_lines(tmp_path / "s.jsonl", sample_rows("1000"))
+    result_of("--samples", path, out=tmp_path / "b")
+    a, b = (str(tmp_path / name / "result.json") for name in "ob")    # b is nowhere worse than a
+    assert evaluation.main(["--compare", a, a]) == evaluation.main(["--compare", a, b]) == 0
+    lines = [s for s in capsys.readouterr().out.splitlines() if s.startswith("accuracy   ")]
+    assert "+0.000 [+0.000, +0.000]   p = 1.0000" in lines[-2] and "[+0.0" in lines[-1]
+
+
+@pytest.mark.parametrize("splits, split, want", [
+    ("train test", "", "test"), ("train", "", "train"), ("train test", "train", "train"),
+    ("train dev", "", None), ("test", "dev", None)])
+def test_the_test_split_or_the_only_one_is_taken(splits, split, want, monkeypatch, tmp_path):
+    sets = {name: [{"question": name, "answer": "1"}] for name in splits.split()}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: sets)
+    monkeypatch.setattr(rltr, "use_cache_if_offline", lambda: None)
+    monkeypatch.setattr(evaluation, "load_lm", lambda *_: None)
+    monkeypatch.setattr(evaluation, "evaluate", lambda _, problems, **__: evaluation.score(
+        [{"problem": p.question, "answer": p.answer, "completions": [""]} for p in problems]))
+    argv = ["--model", "m", "--data", "some/set", "--split", split]
+    if want:
+        assert result_of(*argv, out=tmp_path)["per_problem"][0]["problem"] == want
+    else:
+        assert evaluation.main(argv) == 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("model"), rltr.tiny_tokenizer()
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, eos_token_id=1,
+        pad_token_id=0, bos_token_id=None)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_interrupted_evaluation_goes_on(model, tmp_path, monkeypatch, capsys):
+    data = [{"question": f"Q{i}?", "answer": "1"} for i in range(5)]
+    command = ["--model", model, "--data", write_lines(tmp_path / "d.jsonl", data), "--k", "256",
+               "--prompt", "{question}", "--max-new-tokens", "6", "--receiver", "self",
+               "--transfer-samples", "2", "--device", "cpu"]
+    whole, halves, calls, generate = tmp_path / "w", tmp_path / "h", [], evaluation.generate
+    want = result_of(*command, out=whole)
+
+    def failing(*args, **kwargs):
+        calls.append(kwargs["first_row"])
+        rltr.require(len(calls) != 3, "power cut")
+        return generate(*args, **kwargs)
+    monkeypatch.setattr(evaluation, "generate", failing)
+    assert evaluation.main([*command, "--out", str(halves)]) == 2          # 2 chunks of 3 are done
+    log = halves / "completions.jsonl"
+    log.write_bytes(log.read_bytes()[:-100])                               # a torn last line
+    got = result_of(*command, "--max-rows", "50", out=halves)
+    assert calls == [0, 512, 1024, 512, 1024]                              # the first was reused
+    assert log.read_bytes() == (whole / "completions.jsonl").read_bytes()
+    assert {**got, "settings": 0} == {**want, "settings": 0}
+    assert list(got["transfer"]) == [f"0.{i}" for i in range(1, 10)] and got["cut"] == 2
+    assert result_of("--samples", str(log), out=tmp_path / "again")["figures"] == got["figures"]
+    capsys.readouterr()
+    assert evaluation.main([*command, "--seed", "1", "--out", str(halves)]) == 2
+    assert "another seed" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(model, tmp_path, capsys):
+    good, run = write_lines(tmp_path / "good.jsonl", sample_rows()), ["--model", model]
+    line, bad = '{"problem": "q", "answer": "1", "completions": %s}\n', []
+    for i, text in enumerate(["", line % '["a"]' + '{"prob', line % '"abc"', line % "[]", "[1]",
+                              line % "[1]", "[" * 9999, "\0\x1b[31m\n", '{"answer": "1"}']):
+        bad.append(str(tmp_path / f"{i}.jsonl"))
+        (tmp_path / f"{i}.jsonl").write_text(text)
+    for argv in ([], ["--nonsense"], [*run, "--samples", good], ["--samples", "missing"],
+                 *(["--samples", good, "--k", k] for k in "90x"), *(["--samples", b] for b in bad),
+                 ["--samples", good, "--receiver", "self"], ["--samples", good, "--out", good],
+                 ["--samples", str(tmp_path)], ["--compare", good, good], ["--compare", "no", good],
+                 *([*run, "--temperature", t] for t in ("-1", "nan", "hot")), [*run, "--k", "-1"],
+                 [*run, "--prompt", "none"], ["--model", "no/such\x1b[31mmodel", "--data", good],
+                 [*run, "--data", "missing.jsonl"], [*run, "--data", bad[0]]):
+        assert evaluation.main(argv) == 2, argv
+        err = capsys.readouterr().err
+        assert err.startswith("eval: ") and err.count("\n") == 1 and "\x1b" not in err, argv
