@@ -2,6 +2,7 @@
 
 A test called test_mistake_... is named after something that other code bases got wrong."""
 
+import contextlib
 import doctest
 import itertools
 import json
@@ -175,8 +176,9 @@ KINDS = {
     "qwen2, tied, sliding": ("qwen2", dict(tie_word_embeddings=True, use_sliding_window=True,
                                            sliding_window=8, max_window_layers=1)),
     "qwen3": ("qwen3", dict(head_dim=16)), "llama": ("llama", {}), "olmo2": ("olmo2", {}),
-    "mistral, sliding": ("mistral", dict(sliding_window=8)), "gemma2": ("gemma2", GEMMA),
-    "gemma3": ("gemma3_text", GEMMA), "phi3": ("phi3", {}), "gpt2": ("gpt2", {}),
+    "mistral, sliding": ("mistral", dict(sliding_window=8)), "gemma3": ("gemma3_text", GEMMA),
+    "gemma2": ("gemma2", dict(GEMMA, attn_implementation="eager")),     # others may drop its soft cap
+    "phi3": ("phi3", {}), "gpt2": ("gpt2", {}),
     "granite": ("granite", dict(logits_scaling=4.0)), "cohere": ("cohere", dict(logit_scale=0.25))}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU"))]
@@ -212,6 +214,23 @@ def test_greedy_is_that_of_transformers_and_logprobs_are_those_of_a_full_forward
 def test_attention_that_we_would_compute_wrongly_is_refused(kind, changes):
     with pytest.raises(UserError, match=kind):
         rltr.check_model(lm_of(tiny(kind, **changes)))
+
+def test_a_loaded_model_keeps_its_soft_capped_attention_where_transformers_would_drop_it(tmp_path):
+    exact, tokenizer = tiny("gemma2", vocab_size=260, **KINDS["gemma2"][1]), byte_tokenizer()
+    rltr.save_lm(lm_of(exact, tokenizer), tmp_path)
+    lm, [prompt] = rltr.load_lm(str(tmp_path)), random_prompts(30)
+    [c] = generate(lm.model, [prompt], max_new_tokens=9, seed=0)
+    row = Rollout(None, prompt, c.tokens, c.logprobs, False, "")
+    trained = Completion(c.tokens, rltr.completion_logprobs(lm, [row])[0].tolist(), False)
+    assert logprobs_are_right(exact, prompt, c, 260) and logprobs_are_right(exact, prompt, trained, 260)
+
+def test_longrope_is_refused_or_served_up_to_the_length_where_all_positions_would_change(tmp_path):
+    rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=32,
+                short_factor=[1.0] * 4, long_factor=[2.0, 3.0, 4.0, 5.0])        # as in Phi-3 128k
+    model = tiny("phi3", vocab_size=260, rope_parameters=rope, original_max_position_embeddings=32)
+    rltr.save_lm(lm_of(model, byte_tokenizer()), tmp_path)
+    with contextlib.suppress(UserError):
+        assert rltr.load_lm(str(tmp_path)).context == 32
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral, sliding"])
 def test_mistake_a_short_row_beside_a_long_one_gets_wrong_positions_or_sees_padding(name):
@@ -282,12 +301,16 @@ class KeepGradient:
         self.model.zero_grad()
         return 0.0
 
-def test_mistake_the_loss_uses_another_distribution_than_the_sampler():
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mistake_the_loss_uses_another_distribution_than_the_sampler(checkpointing):
     model, prompts = tiny("gpt2", resid_pdrop=0.3, attn_pdrop=0.3), random_prompts(3, 8, high=60)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     model.lm_head.weight.data[60:] *= 5                  # rows that the tokenizer does not know
     assert max(generate(model, prompts, max_new_tokens=9, temperature=0)[0].tokens) >= 60
     lm, tasks = lm_of(model, byte_tokenizer(), (0,), 60), [(Problem("", ""), p) for p in prompts]
-    config = Config(group=4, temperature=0.7, max_new_tokens=9)
+    config = Config(group=4, temperature=0.7, max_new_tokens=9, gradient_checkpointing=checkpointing)
     rollouts = rltr.sample_rollouts(lm, tasks, config, step=0)
     for i, r in enumerate(rollouts):
         assert max(r.tokens) < 60 and logprobs_are_right(model, r.prompt, r, 60, 0.7)
