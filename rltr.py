@@ -482,8 +482,11 @@ def load_lm(name: str, device: str = "cpu") -> LM:
             path, dtype=torch.bfloat16 if "cuda" in device else torch.float32).to(device).eval()
     except Exception as error:            # unknown, unreachable, damaged, not a language model, ...
         raise UserError(f"model {name}: no such folder or hub model, or damaged: {error}") from None
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 ** 30
-    lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context)
+    config = model.config.get_text_config()
+    context, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if (rope or {}).get("rope_type") in ("longrope", "dynamic"):       # beyond, cached keys are outdated
+        context = rope.get("original_max_position_embeddings", context)
+    lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context or 2 ** 30)
     require(lm.stop_ids, f"model {name}: no end-of-text token in its tokenizer or config")
     require(lm.vocab_size <= model.get_input_embeddings().num_embeddings,
             f"model {name}: its tokenizer has more tokens than the model has embeddings")
@@ -957,7 +960,8 @@ def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Conf
     live = [r for group in live_groups(rollouts, config.group) for r in group]
     total = sum(len(r.tokens) for r in live)       # T: one divisor, whatever the micro-batches
     objective, entropy, gaps = 0.0, 0.0, []
-    lm.model.train(config.gradient_checkpointing)  # else eval mode: no dropout, as when sampling
+    for module in lm.model.modules():              # eval mode, so no dropout, as when sampling, but
+        module.training = getattr(module, "gradient_checkpointing", False)   # checkpointing wants this
     for batch in micro_batches(live, config.token_budget):
         logp, entropies = completion_logprobs(lm, batch, config.temperature)                  # [N]
         old = torch.tensor([x for r in batch for x in r.logprobs], device=logp.device)

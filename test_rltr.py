@@ -177,7 +177,7 @@ KINDS = {
                                            sliding_window=8, max_window_layers=1)),
     "qwen3": ("qwen3", dict(head_dim=16)), "llama": ("llama", {}), "olmo2": ("olmo2", {}),
     "mistral, sliding": ("mistral", dict(sliding_window=8)), "gemma3": ("gemma3_text", GEMMA),
-    "gemma2": ("gemma2", dict(GEMMA, attn_implementation="eager")),     # others may drop its soft cap
+    "gemma2": ("gemma2", dict(GEMMA, attn_implementation="eager")),   # others may drop soft caps
     "phi3": ("phi3", {}), "gpt2": ("gpt2", {}),
     "granite": ("granite", dict(logits_scaling=4.0)), "cohere": ("cohere", dict(logit_scale=0.25))}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -222,7 +222,7 @@ def test_a_loaded_model_keeps_its_soft_capped_attention_where_transformers_would
     [c] = generate(lm.model, [prompt], max_new_tokens=9, seed=0)
     row = Rollout(None, prompt, c.tokens, c.logprobs, False, "")
     trained = Completion(c.tokens, rltr.completion_logprobs(lm, [row])[0].tolist(), False)
-    assert logprobs_are_right(exact, prompt, c, 260) and logprobs_are_right(exact, prompt, trained, 260)
+    assert all(logprobs_are_right(exact, prompt, x, 260) for x in (c, trained))
 
 def test_longrope_is_refused_or_served_up_to_the_length_where_all_positions_would_change(tmp_path):
     rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=32,
@@ -310,7 +310,8 @@ def test_mistake_the_loss_uses_another_distribution_than_the_sampler(checkpointi
     model.lm_head.weight.data[60:] *= 5                  # rows that the tokenizer does not know
     assert max(generate(model, prompts, max_new_tokens=9, temperature=0)[0].tokens) >= 60
     lm, tasks = lm_of(model, byte_tokenizer(), (0,), 60), [(Problem("", ""), p) for p in prompts]
-    config = Config(group=4, temperature=0.7, max_new_tokens=9, gradient_checkpointing=checkpointing)
+    config = Config(group=4, temperature=0.7, max_new_tokens=9,
+                    gradient_checkpointing=checkpointing)
     rollouts = rltr.sample_rollouts(lm, tasks, config, step=0)
     for i, r in enumerate(rollouts):
         assert max(r.tokens) < 60 and logprobs_are_right(model, r.prompt, r, 60, 0.7)
