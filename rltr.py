@@ -30,24 +30,8 @@ Ours, where what we know of the paper leaves it open (each is a flag or one func
 
 from __future__ import annotations
 
-import argparse
-import cmath
-import collections
-import csv
-import dataclasses
-import functools
-import itertools
-import json
-import math
-import operator
-import os
-import random
-import re
-import resource
-import shutil
-import sys
-import time
-import unicodedata
+import argparse, cmath, collections, csv, dataclasses, functools, itertools, json, math, operator
+import os, random, re, resource, shutil, sys, time, unicodedata
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -63,7 +47,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # ======================================================================================= settings
-
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 def option(default, text, minimum=None):
@@ -72,7 +55,6 @@ def option(default, text, minimum=None):
 @dataclass
 class Config:
     """One flat record of settings; field names, defaults and help texts are the command line."""
-
     model: str = option("", "generator: a folder or hub name; empty: the built-in tiny task (TINY)")
     receiver: str = option("Qwen2.5-1.5B-Instruct", "frozen receiver: folder or hub name, or 'self'")
     data: str = option("math", "gsm8k, math, math500, aime24, amc23, a hub id, or a local file")
@@ -135,7 +117,6 @@ def rng(*keys: int) -> np.random.Generator:
     return np.random.default_rng(keys)
 
 # ======================================================================================= problems
-
 SOURCES = {"gsm8k": ("openai/gsm8k", "main"), "math": ("nlile/hendrycks-MATH-benchmark", None),
            "math500": ("HuggingFaceH4/MATH-500", None), "aime24": ("math-ai/aime24", None),
            "amc23": ("math-ai/amc23", None)}
@@ -414,21 +395,16 @@ def is_correct(text, gold, fallback=False):
     CHECKS['missing'] += answer is None
     return answer is not None and answers_equal(answer, gold)
 
-def majority_vote(answers):
-    """The answer most often given, by equivalence (answers_equal), or None.
-
-    No-answers (None) do not vote; of answers with equally many votes the first seen wins."""
-    counts = []
-    for answer in answers:
-        if answer is None:
-            continue
-        for entry in counts:
-            if answers_equal(entry[0], answer):
-                entry[1] += 1
-                break
-        else:
-            counts.append([answer, 1])
-    return max(counts, key=lambda e: e[1])[0] if counts else None
+def majority_vote(answers: list[str | None]) -> str | None:
+    """The answer with the most votes, equivalent ones (answers_equal) counted together, or None. No-
+    answers (None) do not vote; among equals the first seen wins."""
+    votes = []                                     # [answer, count]
+    for answer in (a for a in answers if a is not None):
+        entry = next((v for v in votes if answers_equal(v[0], answer)), None)
+        if entry is None:
+            votes.append(entry := [answer, 0])
+        entry[1] += 1
+    return max(votes, key=lambda v: v[1])[0] if votes else None
 
 # ================================================================================= language models
 
@@ -439,7 +415,6 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB
 @dataclass
 class LM:
     """A causal language model with what is needed to talk to it."""
-
     model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]       # tokens that end a completion
@@ -744,11 +719,9 @@ def affordable_rows(model, length: int) -> int:
     return max(1, min(512, free // 2 // row))
 
 # ======================================================================================== rollouts
-
 @dataclass
 class Cut:
     """One cut of a rollout and what the receiver made of it (steps 3-5)."""
-
     tau: float
     prefix_length: int              # tokens of the generator
     prefix: str
@@ -761,7 +734,6 @@ class Cut:
 @dataclass
 class Rollout:
     """All there is to know about one sampled completion, from the prompt to the advantage."""
-
     problem: Problem
     prompt: list[int]               # token ids
     tokens: list[int]               # completion, with the stop token if sampled
@@ -901,7 +873,6 @@ def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
     return [g for g in grouped(rollouts, group) if any(r.advantage for r in g)]
 
 # ========================================================================================== update
-
 def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [N, V], fp32, of last hidden states [N, E], as the model's own forward makes them: soft-
     capped in Gemma, scaled in Cohere and Granite. (check_model compares.)"""
@@ -1019,7 +990,6 @@ class MasterAdamW:
             master.copy_(saved)
 
 # ======================================================================================== training
-
 def train(config: Config, resume: bool = False) -> Path:
     """Run RLTR (RLVR with transfer_weight 0); returns the folder of the trained model."""
     config = resolve(config)
@@ -1106,7 +1076,6 @@ def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tup
     return fit
 
 # =================================================================================== a run on disk
-
 def write_folder(folder: Path, write):
     """Make a folder complete or not at all: written beside, then renamed."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -1158,7 +1127,6 @@ class Run:
             shutil.rmtree(old)
 
 # ======================================================================================= reporting
-
 class Clock:
     """Seconds and tokens/s of the phases of a step, and the peak memory so far."""
 
@@ -1301,7 +1269,6 @@ def make_tiny(seed: int) -> Path:
     return folder
 
 # ==================================================================================== command line
-
 def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
     """The settings, and whether to resume. Flags go before TINY, TINY before defaults."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
