@@ -257,10 +257,17 @@ def test_sampling_follows_the_softmax():
     chi2 = sum((o - e) ** 2 / e for o, e in cells)
     assert len(cells) > 100 and abs(chi2 - len(cells)) < 4 * (2 * len(cells)) ** 0.5
 
-def test_sampling_never_takes_a_token_of_probability_zero():
+def lowest_random_numbers(monkeypatch):
+    """From now on the generators' random() gives the lowest number of [0, 1)."""
+    lowest = type("Lowest", (), {"random": lambda self, shape=(): np.zeros(shape)})
+    monkeypatch.setattr(np.random, "default_rng", lambda *a: lowest())
+
+def test_sampling_never_takes_a_token_of_probability_zero(monkeypatch):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(4, 1)
     tokens, logprobs = rltr.sample_tokens(logits, 1.0, torch.tensor([1e-45, 0.4999, 0.5001, 1.0]))
     assert tokens.tolist() == [1, 1, 3, 3] and torch.allclose(logprobs, torch.tensor(0.5).log())
+    lowest_random_numbers(monkeypatch)                   # so u, which is never 0, is 1
+    assert min(generate(tiny(), [[5]], max_new_tokens=9)[0].tokens) > 0
 
 def test_texts_do_not_depend_on_max_rows_and_first_row_shifts_the_random_numbers():
     model, prompts = tiny(), random_prompts(4, 11, 3, 7)
@@ -446,8 +453,7 @@ def test_tau_is_uniform_from_0_excluded_to_1_included(receiver_says, monkeypatch
     assert taus(3) == taus(3) != taus(4)                             # a function of (seed, step)
     assert len({t for row in taus(3) for t in row}) == 2000          # each cut has its own
     assert np.allclose(np.histogram(taus(3), bins=8, range=(0, 1))[0], 250, atol=60)
-    lowest = type("Lowest", (), {"random": lambda self, shape: np.zeros(shape)})     # of [0, 1)
-    monkeypatch.setattr(np.random, "default_rng", lambda *a: lowest())
+    lowest_random_numbers(monkeypatch)
     assert {t for row in taus(3) for t in row} == {1.0} and rows[0].cuts[0].prefix == "abc"
 
 @pytest.mark.parametrize("as_messages", [False, True])
