@@ -2,7 +2,7 @@
 
 Paper: "Beyond Correctness: Learning Robust Reasoning via Transfer" (Lee, Abbasloo, Tack, Shin;
 arXiv 2602.08489). A generator learns to reason so that *another* model can pick its reasoning up
-half-way and still reach the right answer: every rollout is cut at a random point, a frozen receiver
+half-way and still reach the right answer: each rollout is cut at a random point, a frozen receiver
 continues from there, and the share of right endings is a reward beside the usual one.
 
     1  y_1..y_G ~ pi(. | x)                      G rollouts a problem           sample_rollouts
@@ -23,10 +23,10 @@ Ours, where what we know of the paper leaves it open (each is a flag or one func
   5. The stop token is stripped before the cut, so that tau = 1 still leaves the receiver a turn.
   6. The receiver may write what the generator had left plus a margin; a prefix too long scores 0.
 
-    python rltr.py                                     # built-in tiny models: any laptop, no network
-    python rltr.py --transfer-weight 0                 # the same task with the answer reward alone
-    python rltr.py --model Qwen2.5-1.5B --steps 500    # one GPU: MATH, receiver Qwen2.5-1.5B-Instruct
-    python rltr.py --resume runs/NAME                  # goes on where that run stopped"""
+    python rltr.py                                    # built-in tiny models: any laptop, no network
+    python rltr.py --transfer-weight 0                # the same task with the answer reward alone
+    python rltr.py --model Qwen2.5-1.5B --steps 500   # one GPU: MATH, receiver its -Instruct model
+    python rltr.py --resume runs/NAME                 # goes on where that run stopped"""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -56,7 +55,7 @@ def option(default, text, minimum=None):
 class Config:
     """One flat record of settings; field names, defaults and help texts are the command line."""
     model: str = option("", "generator: a folder or hub name; empty: the built-in tiny task (TINY)")
-    receiver: str = option("Qwen2.5-1.5B-Instruct", "frozen receiver: folder or hub name, or 'self'")
+    receiver: str = option("Qwen2.5-1.5B-Instruct", "frozen receiver: a folder or hub name, 'self'")
     data: str = option("math", "gsm8k, math, math500, aime24, amc23, a hub id, or a local file")
     split: str = option("", "split of a hub data set; empty: its training split")
     limit: int = option(0, "use only the first N problems (0: all)", 0)
@@ -73,7 +72,7 @@ class Config:
     format_weight: float = option(0.1, "c: weight of stopping by itself with a boxed answer", 0)
     cuts: int = option(1, "K: cuts a rollout, each with its own tau and continuation", 1)
     receiver_temperature: float = option(1.0, "temperature of the receiver (0: greedy)", 0)
-    receiver_margin: int = option(64, "tokens the receiver gets beyond what the generator had left", 0)
+    receiver_margin: int = option(64, "receiver tokens beyond what the generator had left", 0)
     normalize_std: bool = option(True, "divide advantages by the group's standard deviation")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
@@ -128,20 +127,22 @@ class Problem:
 
 def load_problems(source: str, split: str | None = None, limit: int | None = None,
                   prefer: str = "train") -> list[Problem]:
-    """Problems of a short name (SOURCES), a hub id, or a local .jsonl, .json, .csv or .parquet file.
-
+    """Problems of a short name (SOURCES), a hub id, or a local .jsonl, .json, .csv, .parquet file.
     Columns: question | problem | prompt, and answer | solution, of which GSM8K's `#### 18` or the
-    last `\\boxed{}` is taken. split None: the one called `prefer`, or the only one there is; a local
-    file is one split. Raises UserError naming the source and the row."""
+    last `\\boxed{}` is taken. split None: the one called `prefer`, or the only one there is; a
+    local file is one split. Raises UserError naming the source and the row."""
     rows = _read_rows(source, split, prefer)
+    require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
+            f"{source}: not a list of objects")
     require(rows, f"{source}: no rows")
     question, answer = (next((c for c in names if c in rows[0]), None) for names in (
         ("question", "problem", "prompt"), ("answer", "solution")))
-    require(question and answer, f"{source}: needs a column question, problem or prompt and a column "
-            f"answer or solution; it has {', '.join(map(str, rows[0]))}")
+    require(question and answer, f"{source}: needs a column question, problem or prompt and a "
+            f"column answer or solution; it has {', '.join(map(str, rows[0]))}")
     problems = []
     for number, row in enumerate(rows[:limit or None], 1):
-        asked, text = ("" if row.get(c) is None else str(row[c]).strip() for c in (question, answer))
+        cells = (row.get(question), row.get(answer))
+        asked, text = ("" if cell is None else str(cell).strip() for cell in cells)
         gold = extract_answer(text) or ("" if answer == "solution" or "####" in text else text)
         require(asked, f"{source}: row {number} has an empty {question}")
         require(gold, f"{source}: row {number} has no answer in its {answer}")
@@ -150,15 +151,13 @@ def load_problems(source: str, split: str | None = None, limit: int | None = Non
 
 def _read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
     kind = Path(source).suffix
+    require(kind != ".parquet" or Path(source).is_file(), f"{source}: no such file")
     try:
         if kind in (".jsonl", ".json", ".csv"):
             with open(source, encoding="utf-8", newline="") as file:
-                rows = (list(csv.DictReader(file)) if kind == ".csv" else json.load(file)
-                        if kind == ".json" else [json.loads(line) for line in file if line.strip()])
-            require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
-                    f"{source}: not a list of objects")
-            return rows
-        require(kind != ".parquet" or Path(source).is_file(), f"{source}: no such file")
+                if kind == ".jsonl":
+                    return [json.loads(line) for line in file if line.strip()]
+                return json.load(file) if kind == ".json" else list(csv.DictReader(file))
         use_cache_if_offline()
         import datasets
         if kind == ".parquet":
@@ -166,8 +165,6 @@ def _read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
         splits = datasets.load_dataset(*SOURCES.get(source, (source, None)))
     except ImportError:
         raise UserError(f"{source}: pip install datasets, or give a local .jsonl file") from None
-    except UserError:
-        raise
     except Exception as error:            # each reader has failures of its own: say which
         raise UserError(f"{source}: cannot be read: {error}") from None
     split = split or (prefer if prefer in splits or len(splits) > 1 else next(iter(splits)))
@@ -191,10 +188,10 @@ def draw_problems(problems: list, count: int, seed: int, step: int) -> list:
 
 # ======================================================================================== answers
 #
-# RL finds every wrong answer that passes, so in doubt the verdict is "not equal". Model text is never
-# executed; the length of answers, the size of numbers and the number of steps are limited.
+# RL finds every wrong answer that passes, so in doubt the verdict is "not equal". Model text is
+# never executed; the length of answers, the size of numbers and the number of steps are limited.
 
-CHECKS = collections.Counter()  # to log: 'missing' answers, 'unparsed' ones, 'compared_as_text' (also these)
+CHECKS = collections.Counter()  # to log: 'missing', 'unparsed', 'compared_as_text' (unparsed too)
 MAX_BOX, MAX_CHARS, MAX_STEPS, MAX_BITS = 10_000, 600, 400, 8_000
 SYMBOLS = {form: row.split()[0] for row in (  # the first form of a row stands for all
     r'* \cdot \times × · ⋅', r'/ \div ÷ ⁄', '- − – —', r'± \pm', r'= \approx ≈', r'≠ \ne \neq !=',
@@ -213,6 +210,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (  # the rest; the or
     (r'\\(?:text[a-z]*|mathrm|[mh]box|operatorname) ?\{([^{}]*)\}', r' \1 '),
     (r'(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|log|exp|pi|infinity)(?![A-Za-z])', r'\\\1 '),
     (r'\\[A-Za-z]+|\\[{}%]|[<>!]=|\*\*|[^\x00-\x7f]', lambda m: SYMBOLS.get(m[0], m[0])),
+    (r'(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,])', lambda m: m[0].replace('.', '')),  # 1.000.000
     (r'(?<=\d)(?<!\d{4}),(?=\d{3}(?!\d)[^)\]⦄]*$)', ''),  # outside of brackets 1,000 is a number
     (r"\^ ?\{? ?(°|'[' ]*)\}?", r'\1'), (r'\bdegrees?\b', '°'), (r'\bper ?cent\b', '%'),
     (r'(?<=\d) ?\^? ?\{? ?(?:st|nd|rd|th)\b ?\}?', ''), (r'\\frac ?(\d) ?(\d)', r'\\frac{\1}{\2}'),
@@ -230,7 +228,8 @@ TEXT = re.compile(r"[A-Za-z '.!?()-]*(?:[A-Za-z]{3}|\b[nN][oO]\b)[A-Za-z '.!?()-
 UNIT = re.compile(r'(.*[0-9π)}.]) ?((?:\b[A-Za-z]{3,}\b|%|°|(?:[cmk]m|k?g|ft|in|lbs?|hrs?|mph)\b)'
                   r'(?:[ */.]|\^\{?-?\d\}?|%|°|\b[A-Za-z]+\b)*)')
 FUNCTIONS = {'\\sin': cmath.sin, '\\cos': cmath.cos, '\\tan': cmath.tan, '\\exp': cmath.exp,
-             '\\sec': lambda z: 1 / cmath.cos(z), '\\ln': cmath.log, '\\log': cmath.log10}
+             '\\sec': lambda z: 1 / cmath.cos(z), '\\ln': cmath.log, '\\log': cmath.log10,
+             '\\arcsin': cmath.asin, '\\arccos': cmath.acos, '\\arctan': cmath.atan}
 CONSTANTS = {'π': math.pi, 'e': math.e, 'i': 1j, '°': math.pi / 180}
 CLOSING = {'(': ')', '[': ']', '{': '}', '|': '|'}
 OPERATORS = {'+': (0, 1, operator.add), '-': (0, 1, operator.sub), '*': (1, 3, operator.mul),
@@ -396,8 +395,8 @@ def is_correct(text, gold, fallback=False):
     return answer is not None and answers_equal(answer, gold)
 
 def majority_vote(answers: list[str | None]) -> str | None:
-    """The answer with the most votes, equivalent ones (answers_equal) counted together, or None. No-
-    answers (None) do not vote; among equals the first seen wins."""
+    """The answer with the most votes, equivalent ones (answers_equal) counted together, or None.
+    No-answers (None) do not vote; among equals the first seen wins."""
     votes = []                                     # [answer, count]
     for answer in (a for a in answers if a is not None):
         entry = next((v for v in votes if answers_equal(v[0], answer)), None)
@@ -407,10 +406,9 @@ def majority_vote(answers: list[str | None]) -> str | None:
     return max(votes, key=lambda v: v[1])[0] if votes else None
 
 # ================================================================================= language models
-
 # What a short model name begins with -> the organisation that publishes it.
-ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB", "gemma": "google",
-                 "OLMo": "allenai", "Phi": "microsoft", "Mistral": "mistralai"}
+ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "OLMo": "allenai",
+                 "SmolLM": "HuggingFaceTB", "Phi": "microsoft", "Mistral": "mistralai"}
 
 @dataclass
 class LM:
@@ -422,16 +420,16 @@ class LM:
     context: int                    # longest sequence in tokens
 
     def encode_prompt(self, question: str | list[dict], prompt: str = PROMPT) -> list[int]:
-        """The question, or a list of messages, in this model's own form: its chat template, or plain
+        """The question, or a list of messages, in this model's own form: its chat template, or
         "Question: ... Answer:" where it has none. BOS exactly once."""
         messages = question if isinstance(question, list) else [
             {"role": "user", "content": prompt.replace("{question}", question)}]
-        text = f"Question: {messages[-1]['content']}\nAnswer:"
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
+        text, tokenizer = f"Question: {messages[-1]['content']}\nAnswer:", self.tokenizer
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        ids, bos = self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and bos in self.tokenizer.encode(""):
+        ids, bos = tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id
+        if bos is not None and ids[:1] != [bos] and bos in tokenizer.encode(""):
             ids = [bos, *ids]          # the tokenizer wants one, the template wrote none
         return ids
 
@@ -449,17 +447,18 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     path = name
     if not Path(name).is_dir():
         use_cache_if_offline()
-        organisation = next((o for start, o in ORGANISATIONS.items() if name.startswith(start)), None)
-        path = f"{organisation}/{name}" if organisation and "/" not in name else name
+        owner = next((o for start, o in ORGANISATIONS.items() if name.startswith(start)), None)
+        path = f"{owner}/{name}" if owner and "/" not in name else name
+    dtype = torch.bfloat16 if "cuda" in device else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16 if "cuda" in device else torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     except Exception as error:            # unknown, unreachable, damaged, not a language model, ...
         raise UserError(f"model {name}: no such folder or hub model, or damaged: {error}") from None
     config = model.config.get_text_config()
-    context, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
-    if (rope or {}).get("rope_type") in ("longrope", "dynamic"):       # beyond, cached keys are outdated
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):     # beyond, cached keys are outdated
         context = rope.get("original_max_position_embeddings", context)
     lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context or 2 ** 30)
     require(lm.stop_ids, f"model {name}: no end-of-text token in its tokenizer or config")
@@ -469,10 +468,11 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     return lm
 
 def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
-    """eos of the tokenizer and of generation_config, and what the chat template writes after a turn:
+    """eos of tokenizer and generation_config, and what the chat template writes after a turn:
     Qwen2.5 *base* has eos <|endoftext|>, but its template ends turns with <|im_end|>."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    configured = configured if isinstance(configured, list) else [configured]
+    stops = {tokenizer.eos_token_id, *configured}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "sentinel"}]
         after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("sentinel")[2]
@@ -486,31 +486,32 @@ def save_lm(lm: LM, folder: Path):
     lm.tokenizer.save_pretrained(folder)
 
 def check_model(lm: LM):
-    """Refuse a model that we would serve wrongly: attention sinks, ALiBi, latent or shared keys, state
-    spaces, unknown heads all show here. One number in three ways: the log-probabilities of a few
-    tokens from the sampler, from the trainer, and from the model's own plain forward."""
+    """Refuse a model that we would serve wrongly: attention sinks, ALiBi, latent or shared keys,
+    state spaces, unknown heads all show here. One number in three ways: the log-probabilities of a
+    few tokens from the sampler, from the trainer, and from the model's own plain forward."""
     model, prompt = lm.model, [i % lm.vocab_size for i in range(8)]
     layers = getattr(model.config.get_text_config(), "layer_types", None) or []
     try:
         [c] = generate(model, [prompt], max_new_tokens=4, temperature=0, vocab_size=lm.vocab_size)
+        rollout = Rollout(None, prompt, c.tokens, c.logprobs, True, "")
         with torch.no_grad():
-            ours, _ = completion_logprobs(lm, [Rollout(None, prompt, c.tokens, c.logprobs, True, "")])
+            ours, _ = completion_logprobs(lm, [rollout])
             ids = torch.tensor([prompt + c.tokens], device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, 7:-1, :lm.vocab_size].float()
         want = logits.log_softmax(-1).gather(1, ids[0, 8:, None]).squeeze(1)
-        gap = (torch.stack([torch.tensor(c.logprobs, device=model.device), ours]) - want).abs().max()
+        gap = (torch.stack([want.new_tensor(c.logprobs), ours]) - want).abs().max()
         served = gap < (1e-3 if model.dtype == torch.float32 else 0.1) and set(layers) <= {
             "full_attention", "sliding_attention"}
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
         served = False
-    require(served, f"model type {model.config.model_type} is not served: its attention or its output "
-            "head is not of the ordinary kind")
+    require(served, f"model type {model.config.model_type} is not served: its attention or its "
+            "output head is not of the ordinary kind")
 
 # ====================================================================================== generation
 #
 # One sampler with a KV cache serves generator, receiver and evaluation. transformers' models look
-# their attention function up by name; ours keeps keys and values in the Sampler, which it gets as an
-# extra argument of the forward. The active rows are always the first n: when a row finishes, the
+# their attention function up by name; ours keeps keys and values in the Sampler, which it gets as
+# an extra argument of the forward. The active rows are always the first n: when a row finishes, the
 # last one moves into its place, so that no work is done for rows that are gone.
 
 @dataclass
@@ -521,38 +522,38 @@ class Completion:
 
 class Sampler:
     """Up to `rows` sequences of up to `length` tokens that are being generated.
-
-    keys, values: a layer -> [rows + 1, kv_heads, length, head_dim], made when the layer first runs;
-    the last row keeps the newest prompt, for those of its samples that still wait for a place."""
+    keys, values: a layer -> [rows + 1, kv_heads, length, head_dim], made when it first runs; the
+    last row keeps the newest prompt, for those of its samples that still wait for a place."""
 
     def __init__(self, model, rows, length, width, temperature, stop_ids, vocab_size):
-        self.model, self.temperature, self.stop_ids, self.vocab_size = model, temperature, stop_ids, vocab_size
-        self.spare, self.spare_prompt, self.length, self.width = rows, None, length, width
+        self.model, self.temperature, self.vocab_size = model, temperature, vocab_size
+        self.stop_ids, self.length, self.width = stop_ids, length, width
+        self.spare, self.spare_prompt = rows, None
         self.n, self.owners, self.valid, self.keys, self.values = 0, [], 0, {}, {}
         self.stops = torch.tensor(list(stop_ids), device=model.device)
-        # A row's last token, not yet in the cache, and its position; tokens it has had and may have.
+        # A row's last token, not yet in the cache, its position; tokens it has had and may have.
         self.token, self.position, self.count, self.limit = torch.zeros(
             4, rows, dtype=torch.long, device=model.device)
         self.done = self.token.bool()
-        # A random number for each token to come; what was sampled. Rows that are done go on into the
-        # last column until somebody looks.
+        # A random number for each token to come; what was sampled. Rows that are done go on into
+        # the last column until somebody looks.
         self.uniform, self.logprobs = torch.zeros(2, rows, width + 1, device=model.device)
         self.tokens = self.logprobs.long()
 
     def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: np.ndarray):
-        """Take in rows (number, prompt number, prompt, limit), the samples of a prompt side by side.
-        A prompt is prefilled once, but for its last token, which is fed to the first step."""
+        """Take in rows (number, prompt number, prompt, limit), samples of a prompt side by side. A
+        prompt is prefilled once, but for its last token, which is fed to the first step."""
         numbers, which, prompts, limits = zip(*rows)
+        last, position = zip(*((prompt[-1], len(prompt) - 1) for prompt in prompts))
         slots = range(self.n, self.n + len(rows))
-        holder = {self.spare_prompt: self.spare}              # prompt number -> row that has its cache
+        holder = {self.spare_prompt: self.spare}           # prompt number -> row that has its cache
         self.prefill({slot: prompt[:-1] for slot, w, prompt in zip(slots, which, prompts)
                       if holder.setdefault(w, slot) == slot})
         pairs = [(slot, holder[w]) for slot, w in zip((*slots, self.spare), (*which, which[-1]))]
         self.copy_cache([pair for pair in pairs if pair[0] != pair[1]], max(map(len, prompts)))
         self.spare_prompt = which[-1]
-        for tensor, new in ((self.token, [p[-1] for p in prompts]), (self.limit, limits), (self.count, 0),
-                            (self.position, [len(p) - 1 for p in prompts]), (self.done, False),
-                            (self.uniform, uniform)):
+        for tensor, new in ((self.token, last), (self.position, position), (self.count, 0),
+                            (self.limit, limits), (self.done, False), (self.uniform, uniform)):
             tensor[slots.start:slots.stop] = torch.as_tensor(new, device=tensor.device)
         self.n, self.owners = slots.stop, [*self.owners, *numbers]
 
@@ -561,22 +562,22 @@ class Sampler:
         slots = [slot for slot, prompt in prompts.items() if prompt]
         while slots:
             now = slots[:max(1, budget // len(prompts[slots[0]]))]
-            slots, self.active = slots[len(now):], torch.tensor(now, device=self.model.device)
-            self.now = None
-            ids = pad_sequence([torch.tensor(prompts[slot]) for slot in now], batch_first=True)  # [B, T]
+            slots = slots[len(now):]
+            self.active, self.now = torch.tensor(now, device=self.model.device), None
+            ids = pad_sequence([torch.tensor(prompts[slot]) for slot in now], batch_first=True)
             self.model.base_model(input_ids=ids.to(self.active), use_cache=False, sampler=self)
 
     def step(self):
         """One token for each active row; nothing here waits for the device."""
         rows = self.active = torch.arange(self.n, device=self.model.device)
         self.valid = min(self.valid + 1, self.length)
-        self.now = self.position[:self.n, None, None]                                     # [n, 1, 1]
+        self.now = self.position[:self.n, None, None]                                    # [n, 1, 1]
         logits = self.model(input_ids=self.token[:self.n, None], use_cache=False, sampler=self,
-                            position_ids=self.position[:self.n, None]).logits[:, -1]      # [n, V]
+                            position_ids=self.position[:self.n, None]).logits[:, -1]     # [n, V]
         count, alive = self.count[:self.n], ~self.done[:self.n]
         column = torch.where(alive, count, self.width)
-        tokens, logprobs = sample_tokens(logits[:, :self.vocab_size], self.temperature,
-                                         self.uniform[rows, column])
+        uniform = self.uniform[rows, column]
+        tokens, logprobs = sample_tokens(logits[:, :self.vocab_size], self.temperature, uniform)
         self.tokens[rows, column], self.logprobs[rows, column] = tokens, logprobs
         self.token[:self.n] = tokens
         self.count[:self.n] += alive
@@ -619,16 +620,15 @@ class Sampler:
 def cached_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                      softcap=None, sampler=None, **kwargs):
     """Attention over the Sampler's cache, in the convention of transformers' AttentionInterface.
-
-    query [B, heads, T, D], key and value [B, kv_heads, T, D] -> [B, T, heads, D]. Either T tokens of
+    query [B, heads, T, D], key and value [B, kv_heads, T, D] -> [B, T, heads, D]. T tokens of
     prompts, padded on the right (causality hides the padding), or one token of each active row."""
     B, heads, T, D = query.shape
     key = sampler.store(sampler.keys, module.layer_idx, key)          # [B, kv_heads, length, D]
     value = sampler.store(sampler.values, module.layer_idx, value)
     groups, window = heads // key.shape[1], sliding_window or sampler.length
     if sampler.now is None and softcap is None and window >= T:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling,
-                                             enable_gqa=groups > 1)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
         return out.transpose(1, 2), None
     now = torch.arange(T, device=key.device)[None, :, None] if sampler.now is None else sampler.now
     then = torch.arange(key.shape[2], device=key.device)
@@ -637,7 +637,7 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, sl
     query = query.reshape(B, key.shape[1], groups * T, D)
     scores = query @ key.transpose(2, 3) * (D ** -0.5 if scaling is None else scaling)
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)               # [B, kv_heads, groups * T, length]
+        scores = softcap * torch.tanh(scores / softcap)          # [B, kv_heads, groups * T, length]
     scores = scores.masked_fill(hidden.repeat(1, groups, 1).unsqueeze(-3), -torch.inf)
     out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     return out.view(B, heads, T, -1).transpose(1, 2), None
@@ -646,7 +646,6 @@ transformers.AttentionInterface.register("rltr_cached", cached_attention)
 
 def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tensor):
     """Inverse-CDF sampling: the first token whose cumulative probability reaches u.
-
     logits [n, V], uniform [n] in (0, 1] -> tokens [n], log-probs [n]. As u > 0, a token of
     probability 0 is never the first to reach it. Temperature 0: greedy, plain softmax."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
@@ -664,24 +663,24 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
              vocab_size: int | None = None, seed: int | tuple[int, ...] | None = None,
              first_row: int = 0, progress=None) -> list[Completion]:
     """`samples` completions of each prompt (non-empty lists of token ids), side by side.
-
     max_new_tokens may be one number a prompt. Temperature 0 is greedy. Tokens from vocab_size on
-    never come out. max_rows bounds the rows in the cache at once (None, 0: by the free memory); the
-    memory is max_rows times the longest prompt plus completion. Row i's random numbers are a function
-    of (seed, first_row + i) alone, whatever max_rows and the other rows."""
+    never come out. max_rows bounds the rows in the cache at once (None, 0: by the free memory),
+    each as long as the longest prompt plus completion. Row i's random numbers are a function of
+    (seed, first_row + i) alone, whatever max_rows and the other rows."""
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    require(all(prompts) and min(limits, default=1) > 0, "generate: empty prompt or no token allowed")
-    keys = seed if isinstance(seed, tuple) else (
-        int(torch.randint(2 ** 31, ())) if seed is None else seed,)
+    require(all([*prompts, *(m > 0 for m in limits)]), "generate: empty prompt or no token allowed")
+    seed = int(torch.randint(2 ** 31, ())) if seed is None else seed
+    keys = seed if isinstance(seed, tuple) else (seed,)
     longest = max((len(p) + m for p, m in zip(prompts, limits)), default=0)
     rows = min(len(prompts) * samples, max_rows or affordable_rows(model, longest))
     # Long prompts first: neighbours in the queue are of like length, so prefills pad little.
-    queue = collections.deque(
-        (i * samples + s, i, prompts[i], limits[i])
-        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for s in range(samples))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    queue = collections.deque((i * samples + s, i, prompts[i], limits[i])
+                              for i in order for s in range(samples))
     completions: list = [None] * len(queue)
     look_every = 1 if model.device.type == "cpu" else 8       # to look is to wait for the device
-    sampler = Sampler(model, rows, longest, max(limits, default=0), temperature, stop_ids, vocab_size)
+    width = max(limits, default=0)
+    sampler = Sampler(model, rows, longest, width, temperature, stop_ids, vocab_size)
     attention, training = model.config._attn_implementation, model.training
     model.eval().set_attn_implementation("rltr_cached")
     try:
@@ -689,7 +688,7 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
             free = rows - sampler.n
             if queue and free >= min(len(queue), max(1, rows // 8)):      # not a prefill a row
                 new = [queue.popleft() for _ in range(min(free, len(queue)))]
-                uniform = np.zeros((len(new), sampler.width + 1), dtype=np.float32)
+                uniform = np.zeros((len(new), width + 1), dtype=np.float32)
                 for table, (number, *_, limit) in zip(uniform, new):
                     table[:limit] = 1 - rng(*keys, first_row + number).random(limit)      # (0, 1]
                 sampler.admit(new, uniform)
@@ -706,8 +705,7 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
     return completions
 
 def affordable_rows(model, length: int) -> int:
-    """Rows of `length` tokens whose keys and values take at most half of the free GPU memory, or a
-    quarter of the machine's."""
+    """Rows of `length` tokens whose K/V fit half the free GPU memory, or a quarter of the RAM."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -751,12 +749,12 @@ def sample_rollouts(lm: LM, tasks: list[tuple[Problem, list[int]]], config: Conf
                     step: int) -> list[Rollout]:
     """Step 1: G completions a problem, side by side, with the log-probabilities they had."""
     completions = generate(
-        lm.model, [prompt for _, prompt in tasks], samples=config.group, temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens, stop_ids=lm.stop_ids, vocab_size=lm.vocab_size,
-        max_rows=config.max_rows, seed=(config.seed, ROLLOUT, step))
+        lm.model, [prompt for _, prompt in tasks], samples=config.group, stop_ids=lm.stop_ids,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        vocab_size=lm.vocab_size, max_rows=config.max_rows, seed=(config.seed, ROLLOUT, step))
     owners = [task for task in tasks for _ in range(config.group)]
-    return [Rollout(problem, prompt, c.tokens, c.logprobs, c.finished, decode(lm.tokenizer, c.tokens))
-            for (problem, prompt), c in zip(owners, completions)]
+    return [Rollout(*task, c.tokens, c.logprobs, c.finished, decode(lm.tokenizer, c.tokens))
+            for task, c in zip(owners, completions)]
 
 def score_answers(rollouts: list[Rollout]):
     """Step 2; and R_fmt: the rollout stopped by itself and has a boxed answer."""
@@ -767,18 +765,16 @@ def score_answers(rollouts: list[Rollout]):
 
 def cut_prefix(tokens: list[int], tau: float, stop_ids=()) -> list[int]:
     """Step 3: the first floor(tau * |y|) tokens of y, a final stop token not counted.
-
     >>> cut_prefix([5, 6, 7, 8, 2], 0.5, stop_ids=(2,))
     [5, 6]
     >>> cut_prefix([5, 6, 7, 8, 2], 1.0, stop_ids=(2,)), cut_prefix([5, 6, 7, 8], 1e-9)
     ([5, 6, 7, 8], [])
     """
-    length = len(tokens) - (tokens[-1:] != [] and tokens[-1] in stop_ids)
+    length = len(tokens) - any(token in stop_ids for token in tokens[-1:])
     return list(tokens[:math.floor(tau * length)])
 
 class TransferReward:
     """Steps 3-5: cut the reasoning, let the frozen receiver go on, look for the right answer.
-
     Called as a function it follows TRL's `reward_funcs`: reward(prompts, completions, answer,
     completion_ids=None) -> floats in [0, 1], a mean over `cuts` cuts. prompts: questions or message
     lists; completions: texts or message lists. Completions are cut in tokens of `tokenizer`, the
@@ -817,29 +813,29 @@ class TransferReward:
         if taus is None:
             taus = 1 - rng(self.seed, CUT, step).random((len(completions), self.cuts))    # (0, 1]
         heads = {str(q): self.receiver.encode_prompt(q, self.prompt) for q in questions}
-        rows, waiting = [], []
-        for question, tokens, gold, row in zip(questions, completions, golds, taus):
-            rows.append([])
+        rows, waiting, receiver = [[] for _ in completions], [], self.receiver
+        for cuts, question, tokens, gold, row in zip(rows, questions, completions, golds, taus):
+            head = heads[str(question)]
             for tau in row:
                 ids = cut_prefix(tokens, tau, self.stop_ids)
-                cut = Cut(float(tau), len(ids), decode(self.tokenizer, ids))
-                cut.leaked = extract_answer(cut.prefix) is not None
-                prefix = ids if self.same_tokens else encode_text(self.receiver.tokenizer, cut.prefix)
-                room = self.receiver.context - len(heads[str(question)]) - len(prefix)
-                cut.overflow = room < 1
-                if not cut.overflow:
+                text = decode(self.tokenizer, ids)
+                prefix = ids if self.same_tokens else encode_text(receiver.tokenizer, text)
+                room = receiver.context - len(head) - len(prefix)
+                cuts.append(Cut(float(tau), len(ids), text, overflow=room < 1,
+                                leaked=extract_answer(text) is not None))
+                if room > 0:
                     budget = min(room, max(1, self.max_new_tokens - len(ids) + self.margin))
-                    waiting.append((cut, gold, heads[str(question)], prefix, budget))
-                rows[-1].append(cut)
-        done = generate(self.receiver.model, [head + prefix for _, _, head, prefix, _ in waiting],
-                        max_new_tokens=[budget for *_, budget in waiting],
-                        temperature=self.temperature, stop_ids=self.receiver.stop_ids,
-                        vocab_size=self.receiver.vocab_size, max_rows=self.max_rows,
-                        seed=(self.seed, CONTINUATION, step))
+                    waiting.append((cuts[-1], gold, head, prefix, budget))
+        done = generate(
+            receiver.model, [head + prefix for _, _, head, prefix, _ in waiting],
+            max_new_tokens=[budget for *_, budget in waiting], temperature=self.temperature,
+            stop_ids=receiver.stop_ids, vocab_size=receiver.vocab_size, max_rows=self.max_rows,
+            seed=(self.seed, CONTINUATION, step))
         for (cut, gold, _, prefix, _), c in zip(waiting, done):
-            whole = cut.prefix + decode(self.receiver.tokenizer, c.tokens)
-            if self.same_tokens:               # decode both at once: the cut may have split a character
+            if self.same_tokens:          # decode both at once: the cut may have split a character
                 whole = decode(self.tokenizer, prefix + c.tokens)
+            else:
+                whole = cut.prefix + decode(receiver.tokenizer, c.tokens)
             cut.continuation, cut.continuation_length = whole[len(cut.prefix):], len(c.tokens)
             cut.correct = is_correct(whole, gold)
         return rows
@@ -852,10 +848,8 @@ def combine_rewards(rollouts: list[Rollout], config: Config):
 
 def group_advantages(rewards, normalize_std: bool = True) -> torch.Tensor:
     """Step 7: A_i = (R_i - mean) / (std + 1e-6) within each group; [P, G] -> [P, G] in float64.
-
-    std is the population's. Where all rewards of a group are equal A is exactly 0: else the rounding
-    error of the mean, divided by a tiny std, would pass for a signal.
-
+    std is the population's. Where all rewards of a group are equal A is exactly 0: else the
+    rounding error of the mean, divided by a tiny std, would pass for a signal.
     >>> group_advantages([[1.0, 0.0, 0.0, 1.0], [1.1, 1.1, 1.1, 1.1]]).round(decimals=3).tolist()
     [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
@@ -874,8 +868,8 @@ def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
 
 # ========================================================================================== update
 def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V], fp32, of last hidden states [N, E], as the model's own forward makes them: soft-
-    capped in Gemma, scaled in Cohere and Granite. (check_model compares.)"""
+    """Logits [N, V], fp32, of last hidden states [N, E], as the model's own forward makes them:
+    soft-capped in Gemma, scaled in Cohere and Granite. (check_model compares.)"""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden).float()
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)
@@ -885,39 +879,34 @@ def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
 
 def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.0,
                         chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies of all completion tokens under the current policy, end to end:
-    two [N]. Logits are made for `chunk` tokens at a time (default: 2**27 numbers), and once more in
-    the backward pass, so that [rows, time, vocabulary] never exists."""
-    device = lm.model.device
-    ids = pad_sequence([torch.tensor((r.prompt + r.tokens)[:-1]) for r in rollouts], batch_first=True)
-    hidden = lm.model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state  # [B, T, E]
+    """Log-probabilities and entropies of all completion tokens under the current policy, end to
+    end: two [N]. Logits are made for `chunk` tokens at a time (default: 2**27 numbers), and once
+    more in the backward pass, so that [rows, time, vocabulary] never exists."""
+    device, rows = lm.model.device, [torch.tensor((r.prompt + r.tokens)[:-1]) for r in rollouts]
+    ids = pad_sequence(rows, batch_first=True).to(device)                                  # [B, T]
+    hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state      # [B, T, E]
     # Padding on the right needs no mask, as causality hides it, and lengths say which tokens count,
     # never a comparison with a pad id. The state before y_t predicts y_t.
     hidden = torch.cat([h[len(r.prompt) - 1:len(r.prompt) - 1 + len(r.tokens)]
-                        for h, r in zip(hidden, rollouts)])                                   # [N, E]
+                        for h, r in zip(hidden, rollouts)])                                # [N, E]
     targets = torch.tensor([token for r in rollouts for token in r.tokens], device=device)
-
     def logprobs(hidden, targets):
         logp = (head_logits(lm.model, hidden)[:, :lm.vocab_size] / temperature).log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, targets[:, None]).squeeze(1), entropy
-
     chunk = chunk or max(1, 2 ** 27 // lm.vocab_size)
-    parts = [checkpoint(logprobs, hidden[i:i + chunk], targets[i:i + chunk], use_reentrant=False)
-             for i in range(0, len(targets), chunk)]
-    logp, entropy = zip(*parts)
-    return torch.cat(logp), torch.cat(entropy)
+    parts = [checkpoint(logprobs, h, t, use_reentrant=False)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return tuple(map(torch.cat, zip(*parts)))
 
 def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: float) -> torch.Tensor:
-    """Step 8, a token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi / pi_sampling.
-
+    """Step 8, a token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi/pi_sampling.
     All [N]. Its mean is ~0 at every start, as advantages sum to 0: watch rewards, not the loss."""
     rho = torch.exp(logp - old_logp)
     return torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
-    """Rows of like length together, rows x longest <= budget; the longest first, so that memory runs
-    out at once or never."""
+    """Rows of like length, rows x longest <= budget; longest first: OOM at once or never."""
     batches, width = [], 0
     for r in sorted(rollouts, key=lambda r: -len(r.prompt) - len(r.tokens)):
         if not batches or (len(batches[-1]) + 1) * width > budget:
@@ -931,13 +920,14 @@ def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Conf
     live = [r for group in live_groups(rollouts, config.group) for r in group]
     total = sum(len(r.tokens) for r in live)       # T: one divisor, whatever the micro-batches
     objective, entropy, gaps = 0.0, 0.0, []
-    for module in lm.model.modules():              # eval mode, so no dropout, as when sampling, but
-        module.training = getattr(module, "gradient_checkpointing", False)   # checkpointing wants this
+    for module in lm.model.modules():       # no dropout, as when sampling; checkpointing wants True
+        module.training = getattr(module, "gradient_checkpointing", False)
     for batch in micro_batches(live, config.token_budget):
-        logp, entropies = completion_logprobs(lm, batch, config.temperature)                  # [N]
-        old = torch.tensor([x for r in batch for x in r.logprobs], device=logp.device)
-        advantage = torch.tensor([r.advantage for r in batch for _ in r.tokens], device=logp.device)
-        gain = policy_objective(logp, old, advantage, config.clip_low, config.clip_high).sum() / total
+        logp, entropies = completion_logprobs(lm, batch, config.temperature)               # [N]
+        old = logp.new_tensor([x for r in batch for x in r.logprobs])
+        advantage = logp.new_tensor([r.advantage for r in batch for _ in r.tokens])
+        gains = policy_objective(logp, old, advantage, config.clip_low, config.clip_high)
+        gain = gains.sum() / total
         (-gain).backward()
         objective += gain.item()
         entropy += entropies.sum().item() / total
@@ -945,48 +935,46 @@ def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Conf
     lm.model.eval()
     if not live:
         return {"objective": None, "entropy": None, "grad_norm": None}
-    return {"objective": objective, "entropy": entropy, "grad_norm": optimizer.step(config.max_grad_norm),
+    norm = optimizer.step(config.max_grad_norm)
+    return {"objective": objective, "entropy": entropy, "grad_norm": norm,
             "logprob_gap_mean": float(np.mean(gaps)), "logprob_gap_max": max(gaps)}
 
 class MasterAdamW:
     """AdamW on fp32 master copies of the weights. (Plain AdamW for fp32 models.)
-
     bf16 has 8 bits: a step of 1e-6 on a weight of 1e-2 rounds to nothing. So steps are made in fp32
     and the model gets the rounded result; gradients of micro-batches add up in fp32 too."""
 
     def __init__(self, model, lr: float, weight_decay: float = 0.0):
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
-        self.adam = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-        for p, master in self._copies():
-            p.register_post_accumulate_grad_hook(lambda p, master=master: self._add(p, master))
-
-    def _copies(self):
-        return [(p, master) for p, master in zip(self.weights, self.masters) if p is not master]
+        weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in weights]
+        self.copies = [(p, master) for p, master in zip(weights, self.masters) if p is not master]
+        self.adam = torch.optim.AdamW(self.masters, lr, (0.9, 0.99), weight_decay=weight_decay)
+        for p, master in self.copies:
+            p.register_post_accumulate_grad_hook(functools.partial(self._add, master))
 
     @staticmethod
-    def _add(p, master):
+    def _add(master, p):
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
     @torch.no_grad()
     def step(self, max_norm: float) -> float:
-        """Clip, step, clear; returns the gradient norm. A gradient that is not finite is dropped."""
+        """Clip, step, clear; returns the gradient norm. One that is not finite: no step."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if math.isfinite(norm):
             self.adam.step()
         self.adam.zero_grad()
-        for p, master in self._copies():
+        for p, master in self.copies:
             p.copy_(master)
         return norm
 
     def state_dict(self) -> dict:
-        return {"adam": self.adam.state_dict(), "masters": [master for _, master in self._copies()]}
+        return {"adam": self.adam.state_dict(), "masters": [master for _, master in self.copies]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
         self.adam.load_state_dict(state["adam"])
-        for (_, master), saved in zip(self._copies(), state["masters"]):
+        for (_, master), saved in zip(self.copies, state["masters"]):
             master.copy_(saved)
 
 # ======================================================================================== training
@@ -1015,40 +1003,42 @@ def train(config: Config, resume: bool = False) -> Path:
         advantages = group_advantages(rewards, config.normalize_std)              # 7
         for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
             rollout.advantage = advantage
-        optimizer.adam.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        optimizer.adam.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / (config.warmup or 1))
         learned = update(lm, optimizer, rollouts, config)                         # 8
         clock.lap("update", sum(len(r.tokens) for r in rollouts))
 
-        metrics = {"step": step + 1, **summarize(rollouts, config.group), **learned, **clock.metrics}
+        metrics = {"step": step + 1} | summarize(rollouts, config.group) | learned | clock.metrics
         run.log(metrics, rollouts[:config.group])
         report(bar, metrics, rollouts, config)
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
             run.save(lm, optimizer, step + 1)
-    write_folder(run.folder / "final", lambda folder: save_lm(lm, folder))
-    print(f"trained model: {run.folder / 'final'}")
+    final = run.folder / "final"
+    write_folder(final, functools.partial(save_lm, lm))
+    print(f"trained model: {final}")
     if config.eval_data:
         from eval import before_and_after
-        before_and_after(config, run.folder / "final")
-    return run.folder / "final"
+        before_and_after(config, final)
+    return final
 
 def resolve(config: Config) -> Config:
-    """Refuse what can be known to be wrong before anything is loaded; name the tiny files and the run."""
+    """Refuse what is wrong before anything is loaded; name the tiny files and the run."""
     for f in dataclasses.fields(config):
         value, low = getattr(config, f.name), f.metadata["minimum"]
         require(low is None or low <= value < math.inf,
                 f"--{f.name.replace('_', '-')} {value}: must be a number of at least {low}")
-    require(config.answer_weight + config.transfer_weight + config.format_weight > 0,
-            "all reward weights are 0")
+    weights = (config.answer_weight, config.transfer_weight, config.format_weight)
+    require(any(weights), "all reward weights are 0")
     require("{question}" in config.prompt, "--prompt: {question} is missing in it")
-    require(config.device == "cpu" or torch.cuda.is_available(), f"--device {config.device}: none here")
-    tiny = [key for key, value in vars(config).items() if str(value).startswith("tiny/")]
+    usable = config.device == "cpu" or torch.cuda.is_available()
+    require(usable, f"--device {config.device}: none here")
+    tiny = {k: v[4:] for k, v in vars(config).items() if str(v).startswith("tiny/")}
     if tiny:
         folder = make_tiny(config.seed)
-        config = dataclasses.replace(config, **{key: f"{folder}{getattr(config, key)[4:]}" for key in tiny})
+        config = dataclasses.replace(config, **{k: f"{folder}{v}" for k, v in tiny.items()})
     if not config.out:
         kind = "rltr" if config.transfer_weight else "rlvr"
         base = f"runs/{Path(config.model).name}-{kind}-seed{config.seed}"
-        names = (f"{base}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10 ** 6))))
+        names = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
         config = dataclasses.replace(config, out=next(n for n in names if not Path(n).exists()))
     return config
 
@@ -1058,21 +1048,22 @@ def load_models(config: Config, checkpoint: Path | None) -> tuple[LM, TransferRe
     if config.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable()
     if config.transfer_weight > 0:
-        receiver = load_lm(config.model if config.receiver == "self" else config.receiver, config.device)
+        receiver = config.model if config.receiver == "self" else config.receiver
         transfer = TransferReward(
-            receiver, lm.tokenizer, stop_ids=lm.stop_ids, cuts=config.cuts, seed=config.seed,
+            receiver, lm.tokenizer, stop_ids=lm.stop_ids, cuts=config.cuts, prompt=config.prompt,
             temperature=config.receiver_temperature, max_new_tokens=config.max_new_tokens,
-            margin=config.receiver_margin, prompt=config.prompt, max_rows=config.max_rows)
+            margin=config.receiver_margin, seed=config.seed, max_rows=config.max_rows,
+            device=config.device)
     return lm, transfer
 
-def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tuple[Problem, list[int]]]:
-    """Problems with their prompts, without those that leave too little room in the context."""
+def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tuple]:
+    """(problem, prompt's token ids), without those that leave too little room in the context."""
     tasks = [(p, lm.encode_prompt(p.question, config.prompt)) for p in problems]
     fit = [task for task in tasks if len(task[1]) + config.max_new_tokens <= lm.context]
-    require(fit, f"--max-new-tokens {config.max_new_tokens}: with the prompts more than the {lm.context} "
-            "tokens of the model's context")
-    if len(fit) < len(tasks):
-        print(f"{len(tasks) - len(fit)} of {len(tasks)} problems left out: too long for the context")
+    require(fit, f"--max-new-tokens {config.max_new_tokens}: with the prompts more than the "
+            f"{lm.context} tokens of the model's context")
+    if left_out := len(tasks) - len(fit):
+        print(f"{left_out} of {len(tasks)} problems left out: too long for the context")
     return fit
 
 # =================================================================================== a run on disk
@@ -1089,8 +1080,7 @@ class Run:
 
     def __init__(self, config: Config, resume: bool):
         self.config, self.folder = config, Path(config.out)
-        saved = self.checkpoints()
-        self.checkpoint = saved[-1] if resume and saved else None
+        self.checkpoint = max(self.checkpoints(), default=None) if resume else None
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
         require(resume or not self.folder.exists(),
                 f"{self.folder}: exists already; choose another --out, or --resume {self.folder}")
@@ -1113,9 +1103,9 @@ class Run:
                                    and json.loads(line)["step"] <= self.start))
 
     def log(self, metrics: dict, rollouts: list[Rollout]):
-        for name, rows in (("metrics", [metrics]), ("rollouts", [
-                {"step": metrics["step"], **dataclasses.asdict(r)} for r in rollouts])):
-            with (self.folder / f"{name}.jsonl").open("a") as file:
+        shown = [{"step": metrics["step"], **dataclasses.asdict(r)} for r in rollouts]
+        for name, rows in ("metrics.jsonl", [metrics]), ("rollouts.jsonl", shown):
+            with (self.folder / name).open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def save(self, lm: LM, optimizer: MasterAdamW, step: int):
@@ -1134,7 +1124,8 @@ class Clock:
         self.metrics, self.last = {}, time.perf_counter()
 
     def lap(self, phase: str, tokens: int):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
@@ -1146,22 +1137,26 @@ def summarize(rollouts: list[Rollout], group: int) -> dict:
     """The metrics of a batch (the README has a line on each)."""
     def mean(values):
         return sum(values) / len(values) if values else None
-
     cuts, groups = [cut for r in rollouts for cut in r.cuts], grouped(rollouts, group)
-    checks = {f"answers_{kind}": CHECKS[kind] for kind in ("missing", "unparsed", "compared_as_text")}
+
     votes = [majority_vote([extract_answer(r.text) for r in g]) for g in groups]
-    metrics = {name: mean([getattr(r, field) for r in rollouts]) for name, field in (
-        ("reward", "reward"), ("accuracy", "r_answer"), ("format", "r_format"), ("finished", "finished"))}
-    metrics |= checks
-    metrics |= {"majority": mean([vote is not None and answers_equal(vote, g[0].problem.answer)
-                                  for vote, g in zip(votes, groups)]),
-                "length": mean([len(r.tokens) for r in rollouts]),
-                "dead_groups": 1 - len(live_groups(rollouts, group)) / len(groups)}
+    metrics = {"reward": mean([r.reward for r in rollouts]),
+               "accuracy": mean([r.r_answer for r in rollouts]),
+               "format": mean([r.r_format for r in rollouts]),
+               "finished": mean([r.finished for r in rollouts]),
+               "answers_missing": CHECKS["missing"], "answers_unparsed": CHECKS["unparsed"],
+               "answers_compared_as_text": CHECKS["compared_as_text"],
+               "majority": mean([vote is not None and answers_equal(vote, g[0].problem.answer)
+                                 for vote, g in zip(votes, groups)]),
+               "length": mean([len(r.tokens) for r in rollouts]),
+               "dead_groups": 1 - len(live_groups(rollouts, group)) / len(groups)}
     if cuts:
         metrics |= {"transfer": mean([r.r_transfer for r in rollouts]),
-                    "leak": mean([c.leaked for c in cuts]), "overflow": mean([c.overflow for c in cuts])}
-        metrics |= {f"transfer_tau_{low}_{low + 0.25}": mean(
-            [c.correct for c in cuts if low < c.tau <= low + 0.25]) for low in (0.0, 0.25, 0.5, 0.75)}
+                    "leak": mean([c.leaked for c in cuts]),
+                    "overflow": mean([c.overflow for c in cuts])}
+    for low in (0.0, 0.25, 0.5, 0.75) if cuts else ():
+        within = [c.correct for c in cuts if low < c.tau <= low + 0.25]
+        metrics[f"transfer_tau_{low}_{low + 0.25}"] = mean(within)
     return metrics
 
 def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
@@ -1178,15 +1173,16 @@ def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
 
 def show_group(group: list[Rollout]) -> str:
     """A group to read: the problem, a rollout with its cut, the continuation, all the rewards."""
-    r = group[0]
-    text = f"--- problem (answer {r.problem.answer}): {r.problem.question}\n--- rollout: {r.text}"
-    for cut in r.cuts[:1]:
-        text = (f"{text.removesuffix(r.text)}{cut.prefix} >>|<< {r.text[len(cut.prefix):]}\n"
-                f"--- cut at tau = {cut.tau:.2f}, receiver goes on ({'right' if cut.correct else 'wrong'}): "
-                f"{cut.continuation}")
-    return printable("\n".join([text, *(
-        f"    answer {x.r_answer:.0f}  transfer {x.r_transfer:.2f}  format {x.r_format:.0f}"
-        f"  reward {x.reward:.2f}  advantage {x.advantage:+.2f}" for x in group)]))
+    first = group[0]
+    text, problem = first.text, first.problem
+    for cut in first.cuts[:1]:
+        verdict = "right" if cut.correct else "wrong"
+        text = (f"{cut.prefix} >>|<< {text[len(cut.prefix):]}\n--- cut at tau = {cut.tau:.2f}, "
+                f"receiver goes on ({verdict}): {cut.continuation}")
+    head = f"--- problem (answer {problem.answer}): {problem.question}\n--- rollout: {text}"
+    return printable("\n".join([head, *(
+        f"    answer {r.r_answer:.0f}  transfer {r.r_transfer:.2f}  format {r.r_format:.0f}"
+        f"  reward {r.reward:.2f}  advantage {r.advantage:+.2f}" for r in group)]))
 
 def printable(text: str) -> str:
     """Model text for a terminal: control characters are spelled out."""
@@ -1197,7 +1193,7 @@ def printable(text: str) -> str:
 # `python rltr.py` makes two tiny models and a task in the cache folder, once a seed; from there on
 # they are models and data like any other. A problem is a chain of five operations modulo 7, and the
 # answer says only whether the result is odd: guessing pays half the time, so a right answer says
-# little about the reasoning. The generator learnt from flawed demonstrations, the receiver from clean.
+# little about the reasoning. The generator learnt from flawed demonstrations, the receiver did not.
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 MISCONCEPTIONS = {"+": lambda a, b: a + b + 1, "-": lambda a, b: b - a, "*": lambda a, b: a + b}
@@ -1205,7 +1201,6 @@ FLAWED = 0.30                      # share of flawed steps in the generator's de
 
 def tiny_problem(source: random.Random, flawed: float = 0.0) -> tuple[str, str, str]:
     """Question, demonstration (each step wrong with probability `flawed`), right answer.
-
     >>> tiny_problem(random.Random(1))
     ('Q1>*6;>+2;>-3;>+0;>-3;?', '*6=6+2=1-3=5+0=5-3=2\\\\boxed{0}', '0')
     """
@@ -1235,12 +1230,13 @@ def warm_start(folder: Path, width: int, steps: int, flawed: float, seed: int):
     torch.manual_seed(seed)
     tokenizer, source = tiny_tokenizer(), random.Random(seed)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, rope_theta=100.0,
-        initializer_range=0.08, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, rope_theta=100.0,
+        max_position_embeddings=128, initializer_range=0.08, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id))
     lm = LM(model, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), 128)
     optimizer = MasterAdamW(model, 4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.adam, 4e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.adam, 4e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc=f"warm start of the tiny {folder.name}"):
         demonstrations = []
         for question, chain, _ in (tiny_problem(source, flawed) for _ in range(32)):
@@ -1252,18 +1248,16 @@ def warm_start(folder: Path, width: int, steps: int, flawed: float, seed: int):
     save_lm(lm, folder)
 
 def make_tiny(seed: int) -> Path:
-    """The folder with generator/, receiver/, train.jsonl and test.jsonl; made when first asked for."""
+    """The folder of generator/, receiver/, train.jsonl and test.jsonl; made at the first call."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder, source = cache / "rltr" / f"tiny-v3-seed{seed}", random.Random(f"problems {seed}")
-
     def write(partial):
-        problems = {question: answer for question, _, answer in (tiny_problem(source) for _ in range(4200))}
-        rows = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in problems.items()]
+        answers = {q: a for q, _, a in (tiny_problem(source) for _ in range(4200))}
+        rows = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in answers.items()]
         (partial / "test.jsonl").write_text("".join(rows[:100]))
         (partial / "train.jsonl").write_text("".join(rows[100:]))
         warm_start(partial / "generator", 64, 400, FLAWED, 2 * seed)
         warm_start(partial / "receiver", 80, 600, 0.0, 2 * seed + 1)
-
     if not folder.exists():
         write_folder(folder, write)
     return folder
@@ -1275,24 +1269,26 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
             "type": type(f.default), "metavar": type(f.default).__name__.upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"))
-    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", default=argparse.SUPPRESS,
+        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
                         help="go on with the run in FOLDER (or in --out)")
     given = vars(parser.parse_args(argv))
-    if "resume" in given:
-        return resumed_config(Path(given.pop("resume") or given.get("out", "")), given), True
+    resume = given.pop("resume")
+    if resume is not None:
+        return resumed_config(Path(resume or given.get("out", "")), given), True
     return Config(**({} if given.get("model") else TINY) | given), False
 
 def resumed_config(folder: Path, given: dict) -> Config:
     """The settings of an earlier run; only what cannot change its course may differ."""
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        config = Config(**saved)
+        config = Config(**json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {folder}: no run to resume there ({error})") from None
-    changed = [key for key, value in given.items() if saved[key] != value and key not in HARMLESS]
-    require(not changed, f"--resume {folder}: that run has another {', '.join(changed)}; leave it away")
+    another = ", ".join(key for key, value in given.items()
+                        if key not in HARMLESS and value != getattr(config, key))
+    require(not another, f"--resume {folder}: that run has another {another}; leave it away")
     return dataclasses.replace(config, **given | {"out": str(folder)})
 
 def main(argv: list[str] | None = None) -> int:
