@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_seeds.py --seeds 10 11 12 13 14 --out runs/tiny-seeds
 
-A step of RLTR takes about three times as long here (four continuations a rollout), so RLVR also runs
-for 430 instead of 150 steps, about the same time. Writes OUT/tiny_seeds.csv (a line a run) and
+A step of RLTR costs more (four continuations a rollout), so RLVR also runs for 430 instead of 150
+steps: nearly three times the rollouts. Writes OUT/tiny_seeds.csv (a line a run) and
 prints means, spread and paired differences. Runs that are complete already are not repeated.
 About seven minutes a seed on one CPU core.
 """
