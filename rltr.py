@@ -464,6 +464,8 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     require(lm.stop_ids, f"model {name}: no end-of-text token in its tokenizer or config")
     require(lm.vocab_size <= model.get_input_embeddings().num_embeddings,
             f"model {name}: its tokenizer has more tokens than the model has embeddings")
+    if getattr(config, "attn_logit_softcapping", None):    # sdpa drops it in older transformers
+        model.set_attn_implementation("eager")
     check_model(lm)
     return lm
 
@@ -983,6 +985,8 @@ def train(config: Config, resume: bool = False) -> Path:
     config = resolve(config)
     run = Run(config, resume)
     problems = load_problems(config.data, config.split, config.limit)
+    if config.eval_data:                               # to find out now rather than after training
+        load_problems(config.eval_data)
     lm, transfer = load_models(config, run.checkpoint)
     tasks = encode_problems(lm, problems, config)
     optimizer = MasterAdamW(lm.model, config.lr, config.weight_decay)
