@@ -45,6 +45,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+try:                          # comes with torch on CUDA
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 # ======================================================================================= settings
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -524,23 +530,25 @@ class Completion:
 
 class Sampler:
     """Up to `rows` sequences of up to `length` tokens that are being generated.
-    keys, values: a layer -> [rows + 1, kv_heads, length, head_dim], made when it first runs; the
-    last row keeps the newest prompt, for those of its samples that still wait for a place."""
+    layers: a layer -> its K and V, each [rows + 1, kv_heads, length, head_dim], made when it first
+    runs; the last row keeps the newest prompt, for those of its samples that wait for a place."""
 
-    def __init__(self, model, rows, length, width, temperature, stop_ids, vocab_size):
+    def __init__(self, model, rows, length, temperature, stop_ids, vocab_size):
+        device = model.device
         self.model, self.temperature, self.vocab_size = model, temperature, vocab_size
-        self.stop_ids, self.length, self.width = stop_ids, length, width
-        self.spare, self.spare_prompt = rows, None
-        self.n, self.owners, self.valid, self.keys, self.values = 0, [], 0, {}, {}
-        self.stops = torch.tensor(list(stop_ids), device=model.device)
+        self.length, self.spare, self.spare_prompt = length, rows, None
+        self.n, self.owners, self.valid, self.layers = 0, [], 0, {}
+        self.stop_ids, self.stops = stop_ids, torch.tensor([*stop_ids], device=device)
         # A row's last token, not yet in the cache, its position; tokens it has had and may have.
         self.token, self.position, self.count, self.limit = torch.zeros(
-            4, rows, dtype=torch.long, device=model.device)
-        self.done = self.token.bool()
+            4, rows, dtype=torch.long, device=device)
+        self.done = self.token == 0
         # A random number for each token to come; what was sampled. Rows that are done go on into
         # the last column until somebody looks.
-        self.uniform, self.logprobs = torch.zeros(2, rows, width + 1, device=model.device)
+        self.uniform, self.logprobs = torch.zeros(2, rows, length + 1, device=device)
         self.tokens = self.logprobs.long()
+        self.fused = triton and (device.type == "cuda" or "TRITON_INTERPRET" in os.environ)
+        self.graphs, self.pool, self.capturable = {}, None, self.fused and device.type == "cuda"
 
     def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: np.ndarray):
         """Take in rows (number, prompt number, prompt, limit), samples of a prompt side by side. A
@@ -552,11 +560,13 @@ class Sampler:
         self.prefill({slot: prompt[:-1] for slot, w, prompt in zip(slots, which, prompts)
                       if holder.setdefault(w, slot) == slot})
         pairs = [(slot, holder[w]) for slot, w in zip((*slots, self.spare), (*which, which[-1]))]
-        self.copy_cache([pair for pair in pairs if pair[0] != pair[1]], max(map(len, prompts)))
+        self.valid = max(self.valid, *position)
+        self.copy_cache([pair for pair in pairs if pair[0] != pair[1]])
         self.spare_prompt = which[-1]
         for tensor, new in ((self.token, last), (self.position, position), (self.count, 0),
-                            (self.limit, limits), (self.done, False), (self.uniform, uniform)):
+                            (self.limit, limits), (self.done, False)):
             tensor[slots.start:slots.stop] = torch.as_tensor(new, device=tensor.device)
+        self.uniform[slots.start:slots.stop, :uniform.shape[1]] = torch.from_numpy(uniform)
         self.n, self.owners = slots.stop, [*self.owners, *numbers]
 
     def prefill(self, prompts: dict[int, list[int]], budget: int = 8192):
@@ -569,22 +579,43 @@ class Sampler:
             ids = pad_sequence([torch.tensor(prompts[slot]) for slot in now], batch_first=True)
             self.model.base_model(input_ids=ids.to(self.active), use_cache=False, sampler=self)
 
-    def step(self):
-        """One token for each active row; nothing here waits for the device."""
-        rows = self.active = torch.arange(self.n, device=self.model.device)
-        self.valid = min(self.valid + 1, self.length)
-        self.now = self.position[:self.n, None, None]                                    # [n, 1, 1]
-        logits = self.model(input_ids=self.token[:self.n, None], use_cache=False, sampler=self,
-                            position_ids=self.position[:self.n, None]).logits[:, -1]     # [n, V]
-        count, alive = self.count[:self.n], ~self.done[:self.n]
-        column = torch.where(alive, count, self.width)
-        uniform = self.uniform[rows, column]
-        tokens, logprobs = sample_tokens(logits[:, :self.vocab_size], self.temperature, uniform)
+    def step(self, n: int):
+        """One token for each of the first n rows; nothing here waits for the device."""
+        rows = self.active = torch.arange(n, device=self.model.device)
+        self.now = self.position[:n, None, None]                                         # [n, 1, 1]
+        logits = self.model(input_ids=self.token[:n, None], position_ids=self.position[:n, None],
+                            use_cache=False, sampler=self).logits[:, -1]                 # [n, V]
+        logits[:, self.vocab_size:] = -torch.inf               # rows that no token belongs to
+        count, alive = self.count[:n], ~self.done[:n]
+        column = torch.where(alive, count, self.length)
+        tokens, logprobs = sample_tokens(logits, self.temperature, self.uniform[rows, column])
         self.tokens[rows, column], self.logprobs[rows, column] = tokens, logprobs
-        self.token[:self.n] = tokens
-        self.count[:self.n] += alive
-        self.position[:self.n] += alive
-        self.done[:self.n] |= torch.isin(tokens, self.stops) | (count >= self.limit[:self.n])
+        self.token[:n] = tokens
+        self.count[:n] += alive
+        self.position[:n] += alive
+        self.done[:n] |= (tokens[:, None] == self.stops).any(1) | (count >= self.limit[:n])
+
+    def advance(self, steps: int):
+        """Steps of the active rows. On CUDA they are graphs, one a bucket of rows (2^k, 3/4 2^k):
+        to launch the thousand kernels of a step one by one takes longer than to run them."""
+        n, power = self.n, 1 << (self.n - 1).bit_length()
+        if self.fused:            # the rows beyond are done already
+            n = min(self.spare, power * 3 // 4 if n <= power * 3 // 4 else power)
+        for _ in range(steps):
+            self.valid = min(self.valid + 1, self.length)
+            if n in self.graphs:
+                self.graphs[n].replay()
+                continue
+            self.step(n)                           # the first one warms up for the capture
+            if self.capturable:
+                graph = torch.cuda.CUDAGraph()
+                try:
+                    with torch.cuda.graph(graph, pool=self.pool):
+                        self.step(n)
+                    self.graphs[n], self.pool = graph, graph.pool()
+                except RuntimeError as error:      # a model that waits for the device, say
+                    self.capturable = False
+                    print(f"no CUDA graphs, so sampling is slow: {error}", file=sys.stderr)
 
     def collect(self) -> list[tuple[int, Completion]]:
         """Take out the rows that are done; the last rows move into their places."""
@@ -595,29 +626,22 @@ class Sampler:
         self.n -= len(done)
         holes = [slot for slot in done if slot < self.n]
         movers = sorted(set(range(self.n, self.n + len(done))) - set(done))
-        self.copy_cache(list(zip(holes, movers)), self.valid)
+        self.copy_cache(list(zip(holes, movers)))
         for tensor in (self.token, self.position, self.count, self.limit, self.done, self.uniform,
                        self.tokens, self.logprobs):
             tensor[holes] = tensor[movers]
         for hole, mover in zip(holes, movers):
             self.owners[hole] = self.owners[mover]
+        self.done[self.n:], self.position[self.n:] = True, 0
         del self.owners[self.n:]
+        self.valid = int(self.position.max())
         return finished
 
-    def copy_cache(self, pairs: list[tuple[int, int]], valid: int):
-        """The first `valid` positions of rows, (target, source)."""
-        for cache in (*self.keys.values(), *self.values.values()) if pairs else ():
-            cache[[t for t, _ in pairs], :, :valid] = cache[[s for _, s in pairs], :, :valid]
-
-    def store(self, cache: dict, layer: int, new: torch.Tensor) -> torch.Tensor:
-        """Keep new [B, kv_heads, T, head_dim]; returns what there is to attend to."""
-        if layer not in cache:
-            cache[layer] = new.new_zeros(self.spare + 1, new.shape[1], self.length, new.shape[3])
-        if self.now is None:                                          # whole prompts
-            cache[layer][self.active, :, :new.shape[2]] = new
-            return new
-        cache[layer][self.active, :, self.position[:self.n]] = new[:, :, 0]
-        return cache[layer][:self.n, :, :self.valid]
+    def copy_cache(self, pairs: list[tuple[int, int]]):
+        """The valid part of rows, (target, source)."""
+        targets, sources = [t for t, _ in pairs], [s for _, s in pairs]
+        for cache in itertools.chain(*self.layers.values()) if pairs else ():
+            cache[targets, :, :self.valid] = cache[sources, :, :self.valid]
 
 def cached_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                      softcap=None, sampler=None, **kwargs):
@@ -625,39 +649,104 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, sl
     query [B, heads, T, D], key and value [B, kv_heads, T, D] -> [B, T, heads, D]. T tokens of
     prompts, padded on the right (causality hides the padding), or one token of each active row."""
     B, heads, T, D = query.shape
-    key = sampler.store(sampler.keys, module.layer_idx, key)          # [B, kv_heads, length, D]
-    value = sampler.store(sampler.values, module.layer_idx, value)
+    if module.layer_idx not in sampler.layers:
+        sampler.layers[module.layer_idx] = [x.new_zeros(
+            sampler.spare + 1, x.shape[1], sampler.length, x.shape[3]) for x in (key, value)]
+    keys, values = sampler.layers[module.layer_idx]
+    scaling = D ** -0.5 if scaling is None else scaling
     groups, window = heads // key.shape[1], sliding_window or sampler.length
-    if sampler.now is None and softcap is None and window >= T:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-        return out.transpose(1, 2), None
-    now = torch.arange(T, device=key.device)[None, :, None] if sampler.now is None else sampler.now
+    if sampler.now is None:                                                      # whole prompts
+        keys[sampler.active, :, :T], values[sampler.active, :, :T] = key, value
+        now = torch.arange(T, device=key.device)[None, :, None]
+        if softcap is None and window >= T:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+            return out.transpose(1, 2), None
+    elif sampler.fused:
+        return fused_attention(query, key, value, keys, values, sampler.position, scaling, window,
+                               softcap), None
+    else:
+        now = sampler.now
+        keys[sampler.active, :, now[:, 0, 0]] = key[:, :, 0]
+        values[sampler.active, :, now[:, 0, 0]] = value[:, :, 0]
+        key, value = keys[:B, :, :sampler.valid], values[:B, :, :sampler.valid]
     then = torch.arange(key.shape[2], device=key.device)
     hidden = (then > now) | (then <= now - window)                    # [n or 1, T, length]
     # The query heads that share a K/V head stand side by side, so K and V are never expanded.
     query = query.reshape(B, key.shape[1], groups * T, D)
-    scores = query @ key.transpose(2, 3) * (D ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(2, 3) * scaling               # [B, kv_heads, groups * T, length]
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)          # [B, kv_heads, groups * T, length]
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(hidden.repeat(1, groups, 1).unsqueeze(-3), -torch.inf)
     out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     return out.view(B, heads, T, -1).transpose(1, 2), None
 
 transformers.AttentionInterface.register("rltr_cached", cached_attention)
 
+def fused_attention(query, key, value, keys, values, position, scaling, window, softcap):
+    """One new token a row, [n, heads, 1, D], in one Triton kernel: it goes into the cache and
+    attends to the part of it that is the row's. -> [n, 1, heads, D]"""
+    (n, heads, _, D), kv_heads, length = query.shape, key.shape[1], keys.shape[2]
+    require(value.shape == key.shape, "keys and values differ in size: not for the CUDA sampler")
+    out, power = torch.empty_like(query.transpose(1, 2)), triton.next_power_of_2
+    attention_kernel()[n, kv_heads](
+        query.contiguous(), key.contiguous(), value.contiguous(), keys, values, position, out,
+        scaling, length, window, SOFTCAP=softcap or 0.0, G=heads // kv_heads, D=D,
+        G2=max(16, power(heads // kv_heads)), D2=max(16, power(D)), BLOCK=32, num_stages=3)
+    return out
+
+@functools.cache
+def attention_kernel():
+    return triton.jit(attend)
+
+def attend(Q, New_K, New_V, K, V, Position, Out, scaling, length, window, SOFTCAP: tl.constexpr,
+           G: tl.constexpr, D: tl.constexpr, G2: tl.constexpr, D2: tl.constexpr,
+           BLOCK: tl.constexpr):
+    """The kernel: a program for each row and K/V head with its G query heads. The softmax is flash
+    attention's: a running maximum `top` and sum `total`, starting from the new token alone."""
+    row, now = tl.program_id(0).to(tl.int64), tl.load(Position + tl.program_id(0))
+    pair = row * tl.num_programs(1) + tl.program_id(1)
+    g, d, t = tl.arange(0, G2)[:, None], tl.arange(0, D2)[None, :], tl.arange(0, BLOCK)[:, None]
+    q = tl.load(Q + (pair * G + g) * D + d, (g < G) & (d < D), 0.0)                      # [G2, D2]
+    k_new = tl.load(New_K + pair * D + d, d < D, 0.0)                                     # [1, D2]
+    v_new = tl.load(New_V + pair * D + d, d < D, 0.0)
+    cached = pair * length * D + d
+    tl.store(K + cached + now * D, k_new, d < D)
+    tl.store(V + cached + now * D, v_new, d < D)
+    top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True) * scaling    # [G2, 1]
+    if SOFTCAP > 0:                                                # tanh(x) = 2 sigmoid(2 x) - 1
+        top = SOFTCAP * (2 * tl.sigmoid(2 * top / SOFTCAP) - 1)
+    total = tl.full([G2, 1], 1.0, tl.float32)
+    out = tl.zeros([G2, D2], tl.float32) + v_new.to(tl.float32)
+    for start in range(tl.maximum(now - window + 1, 0) // BLOCK * BLOCK, now, BLOCK):
+        then = start + t
+        seen = (then < now) & (then > now - window)                                   # [BLOCK, 1]
+        k = tl.load(K + cached + then * D, seen & (d < D), 0.0)                      # [BLOCK, D2]
+        v = tl.load(V + cached + then * D, seen & (d < D), 0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling             # [G2, BLOCK]
+        if SOFTCAP > 0:
+            scores = SOFTCAP * (2 * tl.sigmoid(2 * scores / SOFTCAP) - 1)
+        scores = tl.where(tl.trans(seen), scores, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, 1, keep_dims=True))
+        weights, shrink = tl.exp(scores - higher), tl.exp(top - higher)
+        total = total * shrink + tl.sum(weights, 1, keep_dims=True)
+        out = out * shrink + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    tl.store(Out + (pair * G + g) * D + d, out / total, (g < G) & (d < D))
+
 def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tensor):
     """Inverse-CDF sampling: the first token whose cumulative probability reaches u.
     logits [n, V], uniform [n] in (0, 1] -> tokens [n], log-probs [n]. As u > 0, a token of
     probability 0 is never the first to reach it. Temperature 0: greedy, plain softmax."""
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    logits = logits if temperature in (0, 1) else logits.float() / temperature
+    probs = logits.softmax(-1, dtype=torch.float32)
     if temperature == 0:
-        tokens = logprobs.argmax(-1)
+        tokens = logits.argmax(-1)
     else:
-        cdf = logprobs.exp().cumsum(-1)
+        cdf = probs.cumsum(-1)
         tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)        # NaN logits: generate complains
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int | list[int],
@@ -681,8 +770,7 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
                               for i in order for s in range(samples))
     completions: list = [None] * len(queue)
     look_every = 1 if model.device.type == "cpu" else 8       # to look is to wait for the device
-    width = max(limits, default=0)
-    sampler = Sampler(model, rows, longest, width, temperature, stop_ids, vocab_size)
+    sampler = Sampler(model, rows, longest, temperature, stop_ids, vocab_size or 2 ** 30)
     attention, training = model.config._attn_implementation, model.training
     model.eval().set_attn_implementation("rltr_cached")
     try:
@@ -690,13 +778,11 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
             free = rows - sampler.n
             if queue and free >= min(len(queue), max(1, rows // 8)):      # not a prefill a row
                 new = [queue.popleft() for _ in range(min(free, len(queue)))]
-                uniform = np.zeros((len(new), width + 1), dtype=np.float32)
+                uniform = np.zeros((len(new), max(limits)), dtype=np.float32)
                 for table, (number, *_, limit) in zip(uniform, new):
                     table[:limit] = 1 - rng(*keys, first_row + number).random(limit)      # (0, 1]
                 sampler.admit(new, uniform)
-            sampler.valid = int(sampler.position[:sampler.n].max())
-            for _ in range(look_every):
-                sampler.step()
+            sampler.advance(look_every)
             for number, completions[number] in sampler.collect():
                 require(math.isfinite(sum(completions[number].logprobs)),
                         f"model {model.name_or_path}: its outputs are not finite numbers")
