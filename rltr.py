@@ -548,7 +548,7 @@ class Sampler:
         self.uniform, self.logprobs = torch.zeros(2, rows, length + 1, device=device)
         self.tokens = self.logprobs.long()
         self.fused = triton and (device.type == "cuda" or "TRITON_INTERPRET" in os.environ)
-        self.graphs, self.pool, self.capturable = {}, None, self.fused and device.type == "cuda"
+        self.graphs, self.pool, self.capturable = {}, None, self.fused
 
     def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: np.ndarray):
         """Take in rows (number, prompt number, prompt, limit), samples of a prompt side by side. A
@@ -606,16 +606,14 @@ class Sampler:
             if n in self.graphs:
                 self.graphs[n].replay()
                 continue
-            self.step(n)                           # the first one warms up for the capture
-            if self.capturable:
-                graph = torch.cuda.CUDAGraph()
-                try:
-                    with torch.cuda.graph(graph, pool=self.pool):
-                        self.step(n)
-                    self.graphs[n], self.pool = graph, graph.pool()
-                except RuntimeError as error:      # a model that waits for the device, say
-                    self.capturable = False
-                    print(f"no CUDA graphs, so sampling is slow: {error}", file=sys.stderr)
+            self.step(n)                           # eager, the warm-up that a capture needs
+            try:
+                if self.capturable:
+                    self.graphs[n] = capture(functools.partial(self.step, n), self.pool)
+                    self.pool = self.graphs[n].pool()
+            except RuntimeError as error:          # a model that waits for the device, say
+                self.capturable = False
+                print(f"no CUDA graphs, so sampling is slow: {error}", file=sys.stderr)
 
     def collect(self) -> list[tuple[int, Completion]]:
         """Take out the rows that are done; the last rows move into their places."""
@@ -642,6 +640,13 @@ class Sampler:
         targets, sources = [t for t, _ in pairs], [s for _, s in pairs]
         for cache in itertools.chain(*self.layers.values()) if pairs else ():
             cache[targets, :, :self.valid] = cache[sources, :, :self.valid]
+
+def capture(step, pool):
+    """The kernels that step() launches, as a graph to replay; it works in the pool's memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph
 
 def cached_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                      softcap=None, sampler=None, **kwargs):

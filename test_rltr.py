@@ -8,6 +8,8 @@ import itertools
 import json
 import os
 import random
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -206,6 +208,30 @@ def test_greedy_is_that_of_transformers_and_logprobs_are_those_of_a_full_forward
                 best = full_logprobs(model, prompts[i // 2], c.tokens)[first].topk(2).values
                 assert best[0] - best[1] < 1e-4, f"row {i}, token {first}"
         assert len(got) == 10
+
+# What the sampler does on CUDA, on the CPU: the kernel in Triton's interpreter; a graph that cannot be
+# captured (there is none here), then one whose replay is the step itself.
+ON_CUDA = """
+import types
+import rltr, test_rltr
+model = test_rltr.tiny("gemma2", hidden_size=36, num_attention_heads=6, head_dim=20, sliding_window=7,
+                       attn_logit_softcapping=2.0)
+def texts(temperature):
+    return rltr.generate(model, test_rltr.random_prompts(37, 3), samples=4, max_new_tokens=5, seed=0,
+                         max_rows=5, stop_ids=range(1, 20), temperature=temperature)
+drawn = texts(1.0)
+rltr.capture = lambda step, pool: types.SimpleNamespace(replay=step, pool=object)
+greedy, rltr.triton = texts(0), None
+for fused, plain in ((drawn, texts(1.0)), (greedy, texts(0))):
+    assert [c.tokens for c in fused] == [c.tokens for c in plain]
+    assert all(abs(a - b) < 1e-4 for c, d in zip(fused, plain) for a, b in zip(c.logprobs, d.logprobs))
+"""
+
+def test_the_sampler_of_cuda_gives_the_same_with_its_kernel_and_its_graphs():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", ON_CUDA], cwd=os.path.dirname(__file__) or ".",
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, text=True, capture_output=True)
+    assert done.returncode == 0 and "no CUDA graphs" in done.stderr, done.stderr
 
 @pytest.mark.parametrize("kind, changes", [
     ("falcon", {"alibi": True}), ("bloom", {}), ("mamba", {}),

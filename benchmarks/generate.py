@@ -1,12 +1,11 @@
 """Useful tokens per second of rltr.generate against transformers, on the same work in one run.
 
     python benchmarks/generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k
-    python benchmarks/generate.py --random-qwen 1.5B --rows 64 128 256 512      # CUDA, no download
 
 The work: groups of G completions a prompt, sampled at temperature 1 from the full softmax, ended by
 a full stop (so of ragged lengths) or by the length limit. A useful token is a sampled one up to and
 with the stop token; the padding that a batch drags along is not. Engines take turns, seed by seed,
-after one untimed round each. The random-weights mode has no stop: each row gets its own limit."""
+after one untimed round each. (benchmarks/gpu_check.py has the distance to the hardware's limit.)"""
 
 import argparse
 import statistics
@@ -20,10 +19,20 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rltr
 
+sampled = []                   # what rltr sampled last
+
 def ours(model, prompts, group, stop_ids, limit, seed):
-    done = rltr.generate(model, prompts, samples=group, max_new_tokens=limit, stop_ids=stop_ids,
-                         seed=seed)
-    return [len(c.tokens) for c in done]
+    sampled[:] = rltr.generate(model, prompts, samples=group, max_new_tokens=limit,
+                               stop_ids=stop_ids, seed=seed)
+    return [len(c.tokens) for c in sampled]
+
+@torch.no_grad()
+def one_forward(model, prompts, group, stop_ids, limit, seed):
+    """No engine but a floor: one forward over all tokens that rltr sampled, were they known."""
+    for i in range(0, len(sampled), group):
+        rows = [torch.tensor(prompts[i // group] + c.tokens) for c in sampled[i:i + group]]
+        model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device))
+    return [len(c.tokens) for c in sampled]
 
 def settings(group, stop_ids, limit, pad):
     return transformers.GenerationConfig(
@@ -65,16 +74,18 @@ def hf_continuous(model, prompts, group, stop_ids, limit, seed):
 def measure(engines, model, batches, group, stop_ids, limit):
     """seconds, tokens and the lengths of each engine for each batch; engines take turns."""
     results = {name: [] for name in engines}
-    for seed, prompts in [(0, batches[0]), *enumerate(batches)]:      # the first round warms up
+    cpu = model.device.type == "cpu"
+    for turn, prompts in enumerate([batches[0], *batches]):             # the first round warms up
         for name, engine in list(engines.items()):
             start = time.perf_counter()
             try:
-                lengths = engine(model, prompts, group, stop_ids, limit, seed)
+                short = min(limit, 4) if cpu and turn == 0 else limit
+                lengths = engine(model, prompts, group, stop_ids, short, turn)
             except Exception as error:            # a peer that cannot run here is not compared
                 print(f"{name}: cannot run here: {type(error).__name__}: {error}"[:300])
                 del engines[name], results[name]
                 continue
-            if model.device.type == "cuda":
+            if not cpu:
                 torch.cuda.synchronize()
             results[name].append((time.perf_counter() - start, lengths))
     return {name: rounds[1:] for name, rounds in results.items()}
@@ -97,6 +108,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default="gsm8k")
+    parser.add_argument("--prompt", default=rltr.PROMPT, help="'{question}' for the tiny models")
     parser.add_argument("--prompts", type=int, default=8, help="problems a batch")
     parser.add_argument("--group", type=int, default=8, help="samples a problem")
     parser.add_argument("--limit", type=int, default=128, help="new tokens at most")
@@ -106,13 +118,14 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     lm = rltr.load_lm(given.model, given.device)
     problems = rltr.load_problems(given.data, limit=given.prompts * given.seeds)
-    encoded = [lm.encode_prompt(p.question) for p in problems]
+    encoded = [lm.encode_prompt(p.question, given.prompt) for p in problems]
     batches = [encoded[i:i + given.prompts] for i in range(0, len(encoded), given.prompts)]
     stops = [i for i in range(lm.vocab_size) if lm.tokenizer.decode([i]).strip() == "."]
     engines = {"rltr": ours, "transformers generate, dynamic cache": hf_generate}
     if given.device != "cpu":
         engines["transformers generate, static cache, compiled"] = hf_static
-    #engines["transformers generate_batch (continuous batching)"] = hf_continuous
+    engines["transformers generate_batch (continuous batching)"] = hf_continuous
+    engines["one plain forward, the texts known"] = one_forward
     results = measure(engines, lm.model, batches, given.group, (*lm.stop_ids, *stops), given.limit)
     print(f"{given.model}, {given.device}, {lm.model.dtype}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, {torch.get_num_threads()} threads: {given.prompts} prompts x "
