@@ -30,9 +30,10 @@ import numpy as np
 import transformers
 from tqdm import tqdm
 
+import rltr
 from rltr import (EVALUATION, LM, PROMPT, Config, Problem, TransferReward, UserError, answers_equal,
-                  decode, extract_answer, generate, is_correct, load_lm, load_problems,
-                  majority_vote, printable, require)  # noqa: F401 (majority_vote: for importers)
+                  decode, extract_answer, gather, generate, is_correct, load_lm, load_problems,
+                  majority_vote, printable, require, share)  # noqa: F401 (majority_vote: for importers)
 
 TAUS = tuple(i / 10 for i in range(1, 10))
 SUBSETS, RESAMPLES = 1000, 10_000
@@ -124,16 +125,19 @@ def evaluate(lm: LM, problems: list[Problem], *, k, prompt=PROMPT, max_new_token
         receiver, lm.tokenizer, temperature=receiver_temperature, max_new_tokens=max_new_tokens,
         margin=margin, prompt=prompt, seed=seed, stop_ids=lm.stop_ids, max_rows=max_rows)
     size = max(1, (2048 if lm.model.device.type == "cuda" else 512) // k)    # problems a chunk
-    records = stored_records(out, settings or {}, problems, size) if out else []
+    records = gather(stored_records(out, settings or {}, problems, size)
+                     if out and rltr.RANK == 0 else [])
     work = k + (min(k, transfer_samples) * len(taus) if transfer else 0)     # rows a problem
-    with tqdm(desc=label, unit="row", smoothing=0, total=work * len(problems),
+    with tqdm(desc=label, unit="row", smoothing=0, total=work * len(problems), disable=rltr.RANK > 0,
               initial=work * len(records)) as bar:
         for first in range(len(records), len(problems), size):
-            here = slice(first, first + size)
-            done = generate(
-                lm.model, prompts[here], samples=k, max_new_tokens=limits[here], progress=bar,
+            here = slice(first, min(first + size, len(problems)))
+            mine = share(here.stop - first)                     # of several GPUs, under torchrun
+            done = gather(generate(
+                lm.model, prompts[here][mine], samples=k, max_new_tokens=limits[here][mine],
                 temperature=temperature, stop_ids=lm.stop_ids, vocab_size=lm.vocab_size,
-                max_rows=max_rows, seed=(seed, EVALUATION), first_row=first * k)
+                max_rows=max_rows, seed=(seed, EVALUATION), first_row=(first + mine.start) * k,
+                progress=bar))
             groups = [done[i:i + k] for i in range(0, len(done), k)]
             new = [{"problem": p.question, "answer": p.answer,
                     "completions": [decode(lm.tokenizer, c.tokens) for c in group],
@@ -149,7 +153,7 @@ def evaluate(lm: LM, problems: list[Problem], *, k, prompt=PROMPT, max_new_token
                     r["drawn"]["cuts"] += map(dataclasses.asdict, cuts)
                 bar.update((work - k) * len(new))
             records += new
-            if out:
+            if out and rltr.RANK == 0:
                 with Path(out, "completions.jsonl").open("a") as file:
                     file.write("".join(json.dumps(record) + "\n" for record in new))
     return score(records, k, fallback)
@@ -277,6 +281,8 @@ def before_and_after(config: Config, final: Path):
                 "split": "", "limit": 0, "transfer_samples": 4, "fallback": False}
     before, after = (evaluate_model(argparse.Namespace(**{**settings, "model": model}))
                      for model in (config.model, str(final)))
+    if rltr.RANK > 0:
+        return
     table = {"before": before["figures"], "after": after["figures"]}
     Path(config.out, "evaluation.json").write_text(json.dumps(table, indent=1))
     print("before -> after,", compare(before, after, [
@@ -344,13 +350,15 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         args = parse_arguments(argv)
+        rltr.join_ranks()
         if args.compare:
             print(compare(*(parse(Path(path).read_bytes(), path) for path in args.compare)))
             return 0
         result = (score(read_records(args.samples), args.k, args.fallback) if args.samples
                   else evaluate_model(args))
-        print(report(result))
-        if args.out:
+        if rltr.RANK == 0:
+            print(report(result))
+        if args.out and rltr.RANK == 0:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             result = json.dumps({"settings": vars(args), **result}, indent=1)
             Path(args.out, "result.json").write_text(result)

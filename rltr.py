@@ -87,8 +87,11 @@ class Config:
     warmup: int = option(10, "steps of linear warm-up; constant afterwards", 0)
     weight_decay: float = option(0.0, "AdamW weight decay", 0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 0)
-    token_budget: int = option(16384, "padded tokens in a micro-batch of the update", 1)
+    epochs: int = option(1, "passes over a batch; 1 with 1 minibatch is on-policy", 1)
+    minibatches: int = option(1, "optimizer steps a pass", 1)
+    token_budget: int = option(0, "padded tokens in a micro-batch (0: what the memory allows)", 0)
     gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory")
+    offload: bool = option(False, "master weights and Adam's moments in host memory")
     max_rows: int = option(0, "rows in the KV cache at once (0: what the free memory allows)", 0)
     # -- the run
     seed: int = option(0, "seed of everything random", 0)
@@ -120,6 +123,30 @@ DATA, ROLLOUT, CUT, CONTINUATION, EVALUATION = range(1, 6)
 
 def rng(*keys: int) -> np.random.Generator:
     return np.random.default_rng(keys)
+
+# With torchrun N processes, the ranks, run this file, each on a GPU of its own. All of them know all
+# rollouts; each samples and learns from its share. Rank 0 writes and speaks.
+RANK, RANKS = 0, 1
+
+def join_ranks():
+    """Started by torchrun: meet the other ranks."""
+    global RANK, RANKS
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+        RANK, RANKS = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+def share(count: int) -> slice:
+    """This rank's part of `count` rows."""
+    return slice(count * RANK // RANKS, count * (RANK + 1) // RANKS)
+
+def gather(rows: list) -> list:
+    """The rows of all ranks, end to end, on every rank; who calls it waits for the others."""
+    parts = [rows] * RANKS
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 # ======================================================================================= problems
 SOURCES = {"gsm8k": ("openai/gsm8k", "main"), "math": ("nlile/hendrycks-MATH-benchmark", None),
@@ -841,10 +868,12 @@ class Rollout:
 def sample_rollouts(lm: LM, tasks: list[tuple[Problem, list[int]]], config: Config,
                     step: int) -> list[Rollout]:
     """Step 1: G completions a problem, side by side, with the log-probabilities they had."""
-    completions = generate(
-        lm.model, [prompt for _, prompt in tasks], samples=config.group, stop_ids=lm.stop_ids,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        vocab_size=lm.vocab_size, max_rows=config.max_rows, seed=(config.seed, ROLLOUT, step))
+    mine = share(len(tasks))
+    completions = gather(generate(
+        lm.model, [prompt for _, prompt in tasks[mine]], samples=config.group,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=lm.stop_ids,
+        vocab_size=lm.vocab_size, max_rows=config.max_rows, seed=(config.seed, ROLLOUT, step),
+        first_row=mine.start * config.group))
     owners = [task for task in tasks for _ in range(config.group)]
     return [Rollout(*task, c.tokens, c.logprobs, c.finished, decode(lm.tokenizer, c.tokens))
             for task, c in zip(owners, completions)]
@@ -919,11 +948,12 @@ class TransferReward:
                 if room > 0:
                     budget = min(room, max(1, self.max_new_tokens - len(ids) + self.margin))
                     waiting.append((cuts[-1], gold, head, prefix, budget))
-        done = generate(
-            receiver.model, [head + prefix for _, _, head, prefix, _ in waiting],
-            max_new_tokens=[budget for *_, budget in waiting], temperature=self.temperature,
+        mine = share(len(waiting))
+        done = gather(generate(
+            receiver.model, [head + prefix for _, _, head, prefix, _ in waiting[mine]],
+            max_new_tokens=[budget for *_, budget in waiting[mine]], temperature=self.temperature,
             stop_ids=receiver.stop_ids, vocab_size=receiver.vocab_size, max_rows=self.max_rows,
-            seed=(self.seed, CONTINUATION, step))
+            seed=(self.seed, CONTINUATION, step), first_row=mine.start))
         for (cut, gold, _, prefix, _), c in zip(waiting, done):
             if self.same_tokens:          # decode both at once: the cut may have split a character
                 whole = decode(self.tokenizer, prefix + c.tokens)
@@ -992,6 +1022,8 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     return tuple(map(torch.cat, zip(*parts)))
 
+TOKEN_BUDGET = 2 ** 14 if not torch.cuda.is_available() else 2 ** 15    # to start with
+
 def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: float) -> torch.Tensor:
     """Step 8, a token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi/pi_sampling.
     All [N]. Its mean is ~0 at every start, as advantages sum to 0: watch rewards, not the loss."""
@@ -1008,38 +1040,72 @@ def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
         batches[-1].append(r)
     return batches
 
+def backward(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config) -> list:
+    """Add up this rank's share of the gradient of -1/T sum min(..), T the tokens of all `rollouts`.
+    Returns a row a micro-batch: objective, entropy (both sums), gaps to the sampler's log-probs."""
+    total, rows = sum(len(r.tokens) for r in rollouts), []       # one T, whatever the micro-batches
+    mine = sorted(rollouts, key=lambda r: -len(r.prompt) - len(r.tokens))[RANK::RANKS]
+    budget = config.token_budget or TOKEN_BUDGET
+    try:
+        for batch in micro_batches(mine, budget):
+            logp, entropies = completion_logprobs(lm, batch, config.temperature)           # [N]
+            old = logp.new_tensor([x for r in batch for x in r.logprobs])
+            advantage = logp.new_tensor([r.advantage for r in batch for _ in r.tokens])
+            gains = policy_objective(logp, old, advantage, config.clip_low, config.clip_high)
+            (-gains.sum() / total).backward()
+            gaps = (logp.detach() - old).abs().tolist()
+            rows.append((gains.sum().item(), entropies.sum().item(), gaps))
+        return rows
+    except torch.OutOfMemoryError:
+        pass              # what the failed batch held is free only after the handler, so go on below
+    optimizer.adam.zero_grad()
+    torch.cuda.empty_cache()
+    config.token_budget = budget // 2
+    require(config.token_budget, "out of memory: --gradient-checkpointing and --offload help")
+    print(f"out of memory in the update: --token-budget {config.token_budget} from here on")
+    return backward(lm, optimizer, rollouts, config)
+
 def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config) -> dict:
-    """Step 8: one step up the token mean over all groups that are not dead; returns metrics."""
-    live = [r for group in live_groups(rollouts, config.group) for r in group]
-    total = sum(len(r.tokens) for r in live)       # T: one divisor, whatever the micro-batches
-    objective, entropy, gaps = 0.0, 0.0, []
+    """Step 8: up the token mean over all groups that are not dead; returns metrics. One optimizer
+    step, or `epochs` passes of `minibatches` steps."""
+    live, rows, trained, norm = live_groups(rollouts, config.group), [], 0, None
     for module in lm.model.modules():       # no dropout, as when sampling; checkpointing wants True
         module.training = getattr(module, "gradient_checkpointing", False)
-    for batch in micro_batches(live, config.token_budget):
-        logp, entropies = completion_logprobs(lm, batch, config.temperature)               # [N]
-        old = logp.new_tensor([x for r in batch for x in r.logprobs])
-        advantage = logp.new_tensor([r.advantage for r in batch for _ in r.tokens])
-        gains = policy_objective(logp, old, advantage, config.clip_low, config.clip_high)
-        gain = gains.sum() / total
-        (-gain).backward()
-        objective += gain.item()
-        entropy += entropies.sum().item() / total
-        gaps += (logp.detach() - old).abs().tolist()
+    for i in range(config.epochs * config.minibatches):
+        part = [r for g in live[i % config.minibatches::config.minibatches] for r in g]
+        if part:
+            rows += gather(backward(lm, optimizer, part, config))
+            trained += sum(len(r.tokens) for r in part)
+            norm = optimizer.step(config.max_grad_norm)
     lm.model.eval()
     if not live:
         return {"objective": None, "entropy": None, "grad_norm": None}
-    norm = optimizer.step(config.max_grad_norm)
-    return {"objective": objective, "entropy": entropy, "grad_norm": norm,
-            "logprob_gap_mean": float(np.mean(gaps)), "logprob_gap_max": max(gaps)}
+    objective, entropy, gaps = zip(*rows)
+    gaps = np.concatenate(gaps)
+    return {"objective": sum(objective) / trained, "entropy": sum(entropy) / trained,
+            "grad_norm": norm, "logprob_gap_mean": gaps.mean(), "logprob_gap_max": gaps.max()}
+
+def rehearse(lm: LM, optimizer: MasterAdamW, tasks: list, config: Config):
+    """The largest batch that the update may meet, with advantages of 0: memory runs out now, which
+    halves the token budget, and not at step 120."""
+    moments = [torch.empty_like(master) for master in optimizer.masters * 2]        # Adam's, to come
+    prompt, n = max((prompt for _, prompt in tasks), key=len), config.max_new_tokens
+    row = Rollout(None, prompt, [0] * n, [0.0] * n, False, "")
+    count = (config.token_budget or TOKEN_BUDGET) // (len(prompt) + n) + 1
+    backward(lm, optimizer, [row] * count * RANKS, config)
+    optimizer.adam.zero_grad()
+    del moments
 
 class MasterAdamW:
     """AdamW on fp32 master copies of the weights. (Plain AdamW for fp32 models.)
     bf16 has 8 bits: a step of 1e-6 on a weight of 1e-2 rounds to nothing. So steps are made in fp32
     and the model gets the rounded result; gradients of micro-batches add up in fp32 too."""
 
-    def __init__(self, model, lr: float, weight_decay: float = 0.0):
+    def __init__(self, model, lr: float, weight_decay: float = 0.0, offload: bool = False):
         weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in weights]
+        self.masters = [p if p.dtype == torch.float32 else
+                        p.detach().to("cpu" if offload else p.device, torch.float32)
+                        for p in weights]
         self.copies = [(p, master) for p, master in zip(weights, self.masters) if p is not master]
         self.adam = torch.optim.AdamW(self.masters, lr, (0.9, 0.99), weight_decay=weight_decay)
         for p, master in self.copies:
@@ -1047,12 +1113,15 @@ class MasterAdamW:
 
     @staticmethod
     def _add(master, p):
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
+        grad, p.grad = p.grad.to(master), None
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
 
     @torch.no_grad()
     def step(self, max_norm: float) -> float:
-        """Clip, step, clear; returns the gradient norm. One that is not finite: no step."""
+        """Sum over ranks, clip, step, clear; returns the gradient norm. Not finite: no step."""
+        for master in self.masters if RANKS > 1 else ():
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+            torch.distributed.all_reduce(master.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if math.isfinite(norm):
             self.adam.step()
@@ -1073,17 +1142,20 @@ class MasterAdamW:
 # ======================================================================================== training
 def train(config: Config, resume: bool = False) -> Path:
     """Run RLTR (RLVR with transfer_weight 0); returns the folder of the trained model."""
-    config = resolve(config)
+    config = gather([resolve(config)] if RANK == 0 else [])[0]
     run = Run(config, resume)
     problems = load_problems(config.data, config.split, config.limit)
     if config.eval_data:                               # to find out now rather than after training
         load_problems(config.eval_data)
     lm, transfer = load_models(config, run.checkpoint)
     tasks = encode_problems(lm, problems, config)
-    optimizer = MasterAdamW(lm.model, config.lr, config.weight_decay)
+    optimizer = MasterAdamW(lm.model, config.lr, config.weight_decay, config.offload)
+    if lm.model.device.type == "cuda":
+        rehearse(lm, optimizer, tasks, config)
     run.begin(optimizer)
 
-    bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps, unit="step")
+    bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps, unit="step",
+               disable=RANK > 0)
     for step in bar:
         clock = Clock()
         batch = draw_problems(tasks, config.prompts, config.seed, step)
@@ -1103,13 +1175,17 @@ def train(config: Config, resume: bool = False) -> Path:
         clock.lap("update", sum(len(r.tokens) for r in rollouts))
 
         metrics = {"step": step + 1} | summarize(rollouts, config.group) | learned | clock.metrics
+        if RANK > 0:
+            continue
         run.log(metrics, rollouts[:config.group])
         report(bar, metrics, rollouts, config)
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
             run.save(lm, optimizer, step + 1)
     final = run.folder / "final"
-    write_folder(final, functools.partial(save_lm, lm))
-    print(f"trained model: {final}")
+    if RANK == 0:
+        write_folder(final, functools.partial(save_lm, lm))
+        print(f"trained model: {final}")
+    gather([])                                         # until it is written
     if config.eval_data:
         from eval import before_and_after
         before_and_after(config, final)
@@ -1158,7 +1234,7 @@ def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tup
     require(fit, f"--max-new-tokens {config.max_new_tokens}: with the prompts more than the "
             f"{lm.context} tokens of the model's context")
     if left_out := len(tasks) - len(fit):
-        print(f"{left_out} of {len(tasks)} problems left out: too long for the context")
+        RANK or print(f"{left_out} of {len(tasks)} problems left out: too long for the context")
     return fit
 
 # =================================================================================== a run on disk
@@ -1188,6 +1264,9 @@ class Run:
         if self.checkpoint:
             state = torch.load(self.checkpoint / "optimizer.pt", weights_only=True)
             optimizer.load_state_dict(state)
+        gather([])                                     # until all ranks have looked at the folder
+        if RANK > 0:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_crash in self.folder.glob("**/*.partial-*"):
             shutil.rmtree(left_by_a_crash)
@@ -1389,7 +1468,9 @@ def resumed_config(folder: Path, given: dict) -> Config:
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
-        train(*parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        join_ranks()
+        train(*arguments)
         return 0
     except (UserError, OSError) as error:
         print("rltr: " + printable(" ".join(str(error).split())), file=sys.stderr)

@@ -595,6 +595,52 @@ def test_mistake_divisor_or_metrics_are_those_of_one_micro_batch_or_of_dead_grou
                       ("logprob_gap_mean", np.mean(gaps)), ("logprob_gap_max", max(gaps))):
         assert metrics[key] == pytest.approx(want, rel=1e-4), key
 
+class KeepGradients(KeepGradient):
+    def __init__(self, model):
+        super().__init__(model)
+        self.gradients, self.masters = [], list(model.parameters())
+        self.adam = torch.optim.AdamW(self.masters)
+
+    def step(self, max_norm):
+        super().step(max_norm)
+        self.gradients.append(self.gradient)
+
+def test_minibatches_split_the_live_groups_and_epochs_repeat_them():
+    lm, config = lm_of(tiny(), vocab_size=90), Config(group=3, epochs=2, minibatches=2)
+    rows = sampled(lm.model, [1, 0, 0, 2, 2, 2, 2.1, 1.1, .1, 0, 1, 1], noise=0.6, high=90)
+    optimizer = KeepGradients(lm.model)              # it makes no step: the policy stays the same
+    metrics = rltr.update(lm, optimizer, rows, config)
+    halves = [naive_update(lm.model, part, config, 90)[1] for part in (rows[:3] + rows[9:], rows[6:9])]
+    for got, want in zip(optimizer.gradients, halves + halves, strict=True):
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    assert metrics["entropy"] == pytest.approx(np.mean(naive_update(lm.model, rows, config, 90)[2]))
+
+def test_out_of_memory_halves_the_token_budget_and_repeats_the_step(monkeypatch, capsys):
+    lm, config = lm_of(tiny(), vocab_size=90), Config(group=3, token_budget=400)
+    rows, seen, logprobs = sampled(lm.model, [1, 0, 0, 0, 1, 1] * 5, high=90), [], rltr.completion_logprobs
+    most, optimizer = 70, KeepGradients(lm.model)
+
+    def limited(lm, batch, *a):
+        seen.append(len(batch) * max(len(r.prompt) + len(r.tokens) for r in batch))
+        if len(seen) % 2 == 0 and seen[-1] > most:                      # the first one fits
+            raise torch.OutOfMemoryError
+        return logprobs(lm, batch, *a)
+    monkeypatch.setattr(rltr, "completion_logprobs", limited)
+    rltr.update(lm, optimizer, rows, config)
+    want = naive_update(lm.model, rows, config, 90)[1]
+    assert (optimizer.gradient - want).abs().max() < 1e-5 * want.abs().max()
+    assert config.token_budget in (50, 100, 200) and "--token-budget 200" in capsys.readouterr().out
+
+    monkeypatch.setattr(rltr, "completion_logprobs", logprobs)          # what a run on CUDA starts with
+    shapes, longest, config.token_budget = embedded(lm.model), random_prompts(9, 30, 4), 200
+    rltr.rehearse(lm, optimizer, [(None, p) for p in longest], Config(token_budget=200, max_new_tokens=20))
+    assert [(b, t) for b, t in shapes] == [(4, 49), (1, 49)]
+    assert not any(p.grad is not None and p.grad.any() for p in lm.model.parameters())
+    most = 0
+    monkeypatch.setattr(rltr, "completion_logprobs", lambda *a: limited(*a) if seen.append(0) else limited(*a))
+    with pytest.raises(UserError, match="gradient-checkpointing"):
+        rltr.update(lm, optimizer, rows, config)
+
 def test_mistake_memory_runs_out_after_hours_because_a_longer_batch_comes_late():
     rows = sampled(tiny(), [0, 1] * 20, group=2)
     sizes = {id(r): len(r.prompt) + len(r.tokens) for r in rows}
@@ -645,7 +691,7 @@ def test_mistake_bf16_weights_do_not_move_at_lr_1e_6():
     fp32, bf16, plain, again = map(layer, (torch.float32, *[torch.bfloat16] * 3))
     naive = torch.optim.AdamW(plain.parameters(), 1e-6)
     assert torch.equal(train(plain, lambda norm: naive.step()), start)
-    ours, exact = rltr.MasterAdamW(bf16, 1e-6), rltr.MasterAdamW(fp32, 1e-6)
+    ours, exact = rltr.MasterAdamW(bf16, 1e-6, offload=True), rltr.MasterAdamW(fp32, 1e-6)
     moved = train(bf16, ours.step)
     assert torch.equal(moved, train(fp32, exact.step).bfloat16())
     assert (moved != start).float().mean() > 0.5
@@ -788,6 +834,28 @@ def test_mistake_resume_repeats_a_batch_or_reseeds(task, whole, tmp_path, monkey
     assert rltr.main(["--resume", str(out), "--lr", "1"]) == 2       # that would be another run
     assert rltr.main(["--resume", str(tmp_path / "nothing")]) == 2
 
+def test_two_processes_make_the_rollouts_and_the_gradient_of_one(task, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    flags = f"--steps 1 --prompts 3 --eval-data {task}/train.jsonl --eval-k 2 --seed 1"
+    assert run(task, tmp_path / "one", flags) == 0
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    capfd.readouterr()
+    monkeypatch.setattr(rltr, "main", lambda argv: subprocess.run(
+        [sys.executable, *command, rltr.__file__, *argv], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode)
+    assert run(task, tmp_path / "two", flags) == 0
+    assert capfd.readouterr().out.count("trained model") == 1           # one of them speaks
+    one, two = tmp_path / "one", tmp_path / "two"
+    for a, b in zip(read(one, "rollouts"), read(two, "rollouts"), strict=True):
+        assert a.pop("logprobs") == pytest.approx(b.pop("logprobs"), abs=1e-5) and a == b
+    for a, b in zip(read(one, "metrics"), read(two, "metrics"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+    first, second = (torch.load(folder / "checkpoints/step-000001/optimizer.pt")["adam"]["state"]
+                     for folder in (one, two))
+    for i in first:
+        assert torch.allclose(first[i]["exp_avg"], second[i]["exp_avg"], rtol=0, atol=1e-6)
+    before, after = (json.loads((out / "evaluation.json").read_text())["before"] for out in (one, two))
+    assert before == after                                               # the same texts
+
 def test_two_steps_and_a_resume_to_four_are_four_steps(task, whole, tmp_path):
     assert run(task, tmp_path / "b", "--steps 2") == 0
     assert rltr.main(["--resume", str(tmp_path / "b"), "--steps", "4"]) == 0
@@ -819,7 +887,7 @@ BAD = {
     "group of one": "--group 1", "negative weight": "--transfer-weight -1",
     "no reward": "--answer-weight 0 --transfer-weight 0 --format-weight 0",
     "nan": "--lr nan", "infinite": "--lr inf", "steps": "--steps 0", "cuts": "--cuts 0",
-    "temperature": "--temperature 0", "budget": "--token-budget 0", "seed": "--seed -1",
+    "temperature": "--temperature 0", "budget": "--token-budget -1", "seed": "--seed -1",
     "context": "--max-new-tokens 128", "prompt": "--prompt no_place", "device": "--device abacus",
     "out in use": "--out {tmp}/used", "out is a file": "--out {tmp}/no.txt",
     "out below a file": "--out {tmp}/no.txt/a"}
