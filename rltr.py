@@ -1099,12 +1099,13 @@ def rehearse(lm: LM, optimizer: MasterAdamW, tasks: list, config: Config):
 class MasterAdamW:
     """AdamW on fp32 master copies of the weights. (Plain AdamW for fp32 models.)
     bf16 has 8 bits: a step of 1e-6 on a weight of 1e-2 rounds to nothing. So steps are made in fp32
-    and the model gets the rounded result; gradients of micro-batches add up in fp32 too."""
+    and the model gets the rounded result; gradients of micro-batches add up in fp32 too. All that
+    is in fp32 may live on another `device` than the model."""
 
-    def __init__(self, model, lr: float, weight_decay: float = 0.0, offload: bool = False):
+    def __init__(self, model, lr: float, weight_decay: float = 0.0, device=None):
         weights = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else
-                        p.detach().to("cpu" if offload else p.device, torch.float32)
+                        p.detach().to(device or p.device, torch.float32)
                         for p in weights]
         self.copies = [(p, master) for p, master in zip(weights, self.masters) if p is not master]
         self.adam = torch.optim.AdamW(self.masters, lr, (0.9, 0.99), weight_decay=weight_decay)
@@ -1149,7 +1150,8 @@ def train(config: Config, resume: bool = False) -> Path:
         load_problems(config.eval_data)
     lm, transfer = load_models(config, run.checkpoint)
     tasks = encode_problems(lm, problems, config)
-    optimizer = MasterAdamW(lm.model, config.lr, config.weight_decay, config.offload)
+    optimizer = MasterAdamW(lm.model, config.lr, config.weight_decay,
+                            "cpu" if config.offload else None)
     if lm.model.device.type == "cuda":
         rehearse(lm, optimizer, tasks, config)
     run.begin(optimizer)
