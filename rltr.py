@@ -30,8 +30,8 @@ Ours, where what we know of the paper leaves it open (each is a flag or one func
 
 from __future__ import annotations
 
-import argparse, cmath, collections, csv, dataclasses, functools, itertools, json, math, operator
-import os, random, re, resource, shutil, sys, time, unicodedata
+import argparse, cmath, collections, csv, dataclasses, fcntl, functools, itertools, json, math
+import operator, os, random, re, resource, shutil, signal, sys, time, unicodedata, warnings, weakref
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -175,7 +175,7 @@ def load_problems(source: str, split: str | None = None, limit: int | None = Non
     problems = []
     for number, row in enumerate(rows[:limit or None], 1):
         cells = (row.get(question), row.get(answer))
-        asked, text = ("" if cell is None else str(cell).strip() for cell in cells)
+        asked, text = (str(c).strip() if isinstance(c, (str, int, float)) else "" for c in cells)
         gold = extract_answer(text) or ("" if answer == "solution" or "####" in text else text)
         require(asked, f"{source}: row {number} has an empty {question}")
         require(gold, f"{source}: row {number} has no answer in its {answer}")
@@ -494,6 +494,7 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     if rope.get("rope_type") in ("longrope", "dynamic"):     # beyond, cached keys are outdated
         context = rope.get("original_max_position_embeddings", context)
     lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context or 2 ** 30)
+    require(encode_text(tokenizer, "1"), f"model {name}: it comes without a tokenizer")
     require(lm.stop_ids, f"model {name}: no end-of-text token in its tokenizer or config")
     require(lm.vocab_size <= model.get_input_embeddings().num_embeddings,
             f"model {name}: its tokenizer has more tokens than the model has embeddings")
@@ -1068,7 +1069,7 @@ def backward(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Co
 def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config) -> dict:
     """Step 8: up the token mean over all groups that are not dead; returns metrics. One optimizer
     step, or `epochs` passes of `minibatches` steps."""
-    live, rows, trained, norm = live_groups(rollouts, config.group), [], 0, None
+    live, rows, trained, norms = live_groups(rollouts, config.group), [], 0, []
     for module in lm.model.modules():       # no dropout, as when sampling; checkpointing wants True
         module.training = getattr(module, "gradient_checkpointing", False)
     for i in range(config.epochs * config.minibatches):
@@ -1076,14 +1077,16 @@ def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Conf
         if part:
             rows += gather(backward(lm, optimizer, part, config))
             trained += sum(len(r.tokens) for r in part)
-            norm = optimizer.step(config.max_grad_norm)
+            norms.append(optimizer.step(config.max_grad_norm))
     lm.model.eval()
-    if not live:
-        return {"objective": None, "entropy": None, "grad_norm": None}
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    if not live or skipped:
+        return {"objective": None, "entropy": None, "grad_norm": None, "skipped": skipped}
     objective, entropy, gaps = zip(*rows)
     gaps = np.concatenate(gaps)
     return {"objective": sum(objective) / trained, "entropy": sum(entropy) / trained,
-            "grad_norm": norm, "logprob_gap_mean": gaps.mean(), "logprob_gap_max": gaps.max()}
+            "grad_norm": norms[-1], "skipped": 0, "logprob_gap_mean": gaps.mean(),
+            "logprob_gap_max": gaps.max()}
 
 def rehearse(lm: LM, optimizer: MasterAdamW, tasks: list, config: Config):
     """The largest batch that the update may meet, with advantages of 0: memory runs out now, which
@@ -1137,6 +1140,8 @@ class MasterAdamW:
     @torch.no_grad()
     def load_state_dict(self, state: dict):
         self.adam.load_state_dict(state["adam"])
+        for p, moments in self.adam.state.items():
+            require(moments["exp_avg"].shape == p.shape, "the shapes differ")
         for (_, master), saved in zip(self.copies, state["masters"]):
             master.copy_(saved)
 
@@ -1149,7 +1154,9 @@ def train(config: Config, resume: bool = False) -> Path:
     if config.eval_data:                               # to find out now rather than after training
         load_problems(config.eval_data)
     lm, transfer = load_models(config, run.checkpoint)
-    tasks = encode_problems(lm, problems, config)
+    tasks = encode_problems(lm, problems, config, config.max_new_tokens)
+    if transfer:
+        encode_problems(transfer.receiver, problems, config, 1)            # or no cut would count
     optimizer = MasterAdamW(lm.model, config.lr, config.weight_decay,
                             "cpu" if config.offload else None)
     if lm.model.device.type == "cuda":
@@ -1158,6 +1165,7 @@ def train(config: Config, resume: bool = False) -> Path:
 
     bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps, unit="step",
                disable=RANK > 0)
+    skipped = 0
     for step in bar:
         clock = Clock()
         batch = draw_problems(tasks, config.prompts, config.seed, step)
@@ -1177,17 +1185,25 @@ def train(config: Config, resume: bool = False) -> Path:
         clock.lap("update", sum(len(r.tokens) for r in rollouts))
 
         metrics = {"step": step + 1} | summarize(rollouts, config.group) | learned | clock.metrics
-        if RANK > 0:
-            continue
-        run.log(metrics, rollouts[:config.group])
-        report(bar, metrics, rollouts, config)
-        if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
+        stopped, skipped = gather(SIGNALS), skipped + 1 if learned["skipped"] else 0
+        if RANK == 0:
+            run.log(metrics, rollouts if skipped else rollouts[:config.group])
+            report(bar, metrics, rollouts, config)
+        require(skipped < 6, f"{run.folder}: six steps in a row without a finite gradient; a smaller "
+                "--lr may help; the rollouts of these steps are all in rollouts.jsonl")
+        last = stopped or step + 1 == config.steps
+        if RANK == 0 and (last or config.save_every and (step + 1) % config.save_every == 0):
             run.save(lm, optimizer, step + 1)
+        if stopped:
+            RANK or print(f"\nstopped; go on with: python rltr.py --resume {run.folder}")
+            sys.exit(128 + stopped[0])
     final = run.folder / "final"
     if RANK == 0:
-        write_folder(final, functools.partial(save_lm, lm))
+        run.attempt(lambda: write_folder(final, functools.partial(save_lm, lm)))
+        require(not run.failed, f"the last save failed: make room, then --resume {run.folder}")
         print(f"trained model: {final}")
     gather([])                                         # until it is written
+    listen(signal.SIG_DFL)
     if config.eval_data:
         from eval import before_and_after
         before_and_after(config, final)
@@ -1229,34 +1245,68 @@ def load_models(config: Config, checkpoint: Path | None) -> tuple[LM, TransferRe
             device=config.device)
     return lm, transfer
 
-def encode_problems(lm: LM, problems: list[Problem], config: Config) -> list[tuple]:
-    """(problem, prompt's token ids), without those that leave too little room in the context."""
+def encode_problems(lm: LM, problems: list[Problem], config: Config, new: int) -> list[tuple]:
+    """(problem, prompt's token ids), without those that leave no room for `new` tokens."""
     tasks = [(p, lm.encode_prompt(p.question, config.prompt)) for p in problems]
-    fit = [task for task in tasks if len(task[1]) + config.max_new_tokens <= lm.context]
-    require(fit, f"--max-new-tokens {config.max_new_tokens}: with the prompts more than the "
-            f"{lm.context} tokens of the model's context")
+    fit = [task for task in tasks if len(task[1]) + new <= lm.context]
+    require(fit, f"model {lm.model.name_or_path}: its context of {lm.context} tokens holds no prompt "
+            f"with {new} more; --max-new-tokens or another model")
     if left_out := len(tasks) - len(fit):
         RANK or print(f"{left_out} of {len(tasks)} problems left out: too long for the context")
     return fit
 
 # =================================================================================== a run on disk
 def write_folder(folder: Path, write):
-    """Make a folder complete or not at all: written beside, then renamed."""
+    """Make a folder complete or not at all: written beside, flushed, then renamed."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(partial)
+    try:
+        write(partial)
+        for file in partial.rglob("*"):
+            flush(file)
+    except Exception:                                  # the disk is full: do not keep it so
+        shutil.rmtree(partial)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    flush(folder.parent)
+
+def write_file(file: Path, text: str):
+    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    partial.write_text(text)
+    flush(partial)
+    partial.replace(file)
+
+def flush(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 class Run:
     """runs/NAME: config.json, metrics.jsonl, rollouts.jsonl, checkpoints/step-000100/, final/."""
 
     def __init__(self, config: Config, resume: bool):
-        self.config, self.folder = config, Path(config.out)
+        self.config, self.folder, self.failed = config, Path(config.out), False
         self.checkpoint = max(self.checkpoints(), default=None) if resume else None
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
         require(resume or not self.folder.exists(),
                 f"{self.folder}: exists already; choose another --out, or --resume {self.folder}")
+        parent = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        require(parent.is_dir() and os.access(parent, os.W_OK), f"{parent}: cannot write there")
+        # What is still to be written to the logs, and where each of them ends.
+        self.logs = {name: [b"", 0] for name in ("metrics.jsonl", "rollouts.jsonl")}
+        if resume and RANK == 0:
+            self.lock()
+
+    def lock(self):
+        """Nobody else writes here while this process lives."""
+        handle = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another run is writing there") from None
 
     def checkpoints(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("step-" + "[0-9]" * 6))
@@ -1264,33 +1314,61 @@ class Run:
     def begin(self, optimizer: MasterAdamW):
         """Write what was configured; when resuming, forget all that came after the checkpoint."""
         if self.checkpoint:
-            state = torch.load(self.checkpoint / "optimizer.pt", weights_only=True)
-            optimizer.load_state_dict(state)
+            try:
+                optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", "cpu",
+                                                     weights_only=True))
+            except Exception as error:                 # of many kinds, by how it is damaged
+                raise UserError(f"{self.checkpoint}: damaged, or of another model; delete it to go "
+                                f"on from an earlier one ({error})") from None
         gather([])                                     # until all ranks have looked at the folder
         if RANK > 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_crash in self.folder.glob("**/*.partial-*"):
-            shutil.rmtree(left_by_a_crash)
-        (self.folder / "config.json").write_text(json.dumps(vars(self.config), indent=1))
-        for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            log.write_text("".join(line for line in lines if line.endswith("\n")
-                                   and json.loads(line)["step"] <= self.start))
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            self.lock()
+        for left in self.folder.glob("**/*.partial-*"):            # by a crash
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
+        for name, log in self.logs.items():
+            file = self.folder / name
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            ended = re.compile(r'\{"step": (\d+),.*\n')
+            text = "".join(line for line in lines if (m := ended.fullmatch(line))
+                           and int(m[1]) <= self.start)
+            write_file(file, text)
+            log[1] = len(text.encode())
+
+    def attempt(self, write):
+        """A full disk does not end a run: what fails is said, and done again at the next time."""
+        try:
+            write()
+            self.failed = False
+        except Exception as error:                     # torch and safetensors have their own kinds
+            self.failed = True
+            print(f"rltr: not written, training goes on: {printable(str(error))}", file=sys.stderr)
 
     def log(self, metrics: dict, rollouts: list[Rollout]):
         shown = [{"step": metrics["step"], **dataclasses.asdict(r)} for r in rollouts]
-        for name, rows in ("metrics.jsonl", [metrics]), ("rollouts.jsonl", shown):
-            with (self.folder / name).open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        def write():
+            for name, log in self.logs.items():
+                with (self.folder / name).open("r+b") as file:
+                    file.seek(log[1])                  # over what a failed attempt has left
+                    file.write(log[0])
+                    file.truncate()
+                log[:] = b"", log[1] + len(log[0])
+        for log, rows in zip(self.logs.values(), ([metrics], shown)):
+            log[0] += "".join(json.dumps(row) + "\n" for row in rows).encode()
+        self.attempt(write)
 
     def save(self, lm: LM, optimizer: MasterAdamW, step: int):
         def write(folder):
             save_lm(lm, folder)
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        write_folder(self.folder / "checkpoints" / f"step-{step:06d}", write)
-        for old in self.checkpoints()[:-self.config.keep]:
-            shutil.rmtree(old)
+        def write_and_drop():
+            write_folder(self.folder / "checkpoints" / f"step-{step:06d}", write)
+            for old in self.checkpoints()[:-self.config.keep]:
+                shutil.rmtree(old)
+        self.attempt(write_and_drop)
 
 # ======================================================================================= reporting
 class Clock:
@@ -1340,6 +1418,9 @@ def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
     step, left = metrics["step"], config.steps - metrics["step"]
     bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
         "reward", "accuracy", "transfer", "length", "tokens_per_s_sample") if name in metrics})
+    if metrics.get("logprob_gap_mean", 0) > 0.05 and config.epochs == config.minibatches == 1:
+        warnings.warn("the log-probs of trainer and sampler differ (logprob_gap_mean): a kernel or a "
+                      "dtype of one alone, dropout, or weights that changed in between")
     if step == bar.initial + 1:
         seconds = sum(value for key, value in metrics.items() if key.startswith("seconds_"))
         bar.write(f"{config.out}: the first step took {seconds:.1f} s, {left} more make about "
@@ -1450,33 +1531,51 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
                         help="go on with the run in FOLDER (or in --out)")
+    parser.add_argument("--force", action="store_true", help="resume although settings differ")
+    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
+    parser.error = functools.partial(require, False)                       # one line, not a manual
     given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
+    resume, force, _ = (given.pop(name) for name in ("resume", "force", "debug"))
     if resume is not None:
-        return resumed_config(Path(resume or given.get("out", "")), given), True
+        return resumed_config(Path(resume or given.get("out", "")), given, force), True
     return Config(**({} if given.get("model") else TINY) | given), False
 
-def resumed_config(folder: Path, given: dict) -> Config:
-    """The settings of an earlier run; only what cannot change its course may differ."""
+def resumed_config(folder: Path, given: dict, force: bool) -> Config:
+    """The settings of an earlier run; unless forced only what cannot change its course differs."""
     try:
         config = Config(**json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {folder}: no run to resume there ({error})") from None
     another = ", ".join(key for key, value in given.items()
                         if key not in HARMLESS and value != getattr(config, key))
-    require(not another, f"--resume {folder}: that run has another {another}; leave it away")
+    require(force or not another, f"--resume {folder}: that run has another {another}; leave it "
+            "away, or --force")
     return dataclasses.replace(config, **given | {"out": str(folder)})
+
+SIGNALS = []                          # SIGINT or SIGTERM that came: after this step, save and stop
+
+def listen(handler=lambda number, frame: (SIGNALS.append(number), listen(signal.SIG_DFL))):
+    """By default the first signal is noted, and a second one stops at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         arguments = parse_arguments(argv)
         join_ranks()
+        listen()
         train(*arguments)
         return 0
     except (UserError, OSError) as error:
+        if "--debug" in (sys.argv if argv is None else argv):
+            raise
         print("rltr: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
+    finally:
+        SIGNALS.clear()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 if __name__ == "__main__":
     sys.modules["rltr"] = sys.modules["__main__"]      # eval.py imports rltr: let it get this one

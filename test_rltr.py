@@ -6,10 +6,14 @@ import contextlib
 import doctest
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
+import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -602,8 +606,8 @@ class KeepGradients(KeepGradient):
         self.adam = torch.optim.AdamW(self.masters)
 
     def step(self, max_norm):
-        super().step(max_norm)
-        self.gradients.append(self.gradient)
+        self.gradients.append(super().step(max_norm) or self.gradient)
+        return 0.0
 
 def test_minibatches_split_the_live_groups_and_epochs_repeat_them():
     lm, config = lm_of(tiny(), vocab_size=90), Config(group=3, epochs=2, minibatches=2)
@@ -816,8 +820,7 @@ def fail_in_the_second_checkpoint(monkeypatch, error):
 
 def test_mistake_resume_repeats_a_batch_or_reseeds(task, whole, tmp_path, monkeypatch):
     fail_in_the_second_checkpoint(monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        run(task, tmp_path / "b")
+    assert forked(lambda: run(task, tmp_path / "b")) != 0
     monkeypatch.undo()
     out = tmp_path / "b"
     assert len(read(out, "metrics")) == 4 and not (out / "final").exists()
@@ -862,12 +865,6 @@ def test_two_steps_and_a_resume_to_four_are_four_steps(task, whole, tmp_path):
     assert read(tmp_path / "b", "metrics") == read(whole, "metrics")
     assert torch.equal(weights(tmp_path / "b/final"), weights(whole / "final"))
 
-def test_a_full_disk_is_one_clear_line_and_loses_no_checkpoint(task, tmp_path, monkeypatch, capfd):
-    fail_in_the_second_checkpoint(monkeypatch, OSError(28, "No space left on device"))
-    assert run(task, tmp_path / "a") == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("rltr: ")
-    assert (tmp_path / "a/checkpoints/step-000002/optimizer.pt").exists()
-
 def test_without_model_tiny_settings_replace_what_the_user_did_not_set(task, tmp_path, monkeypatch):
     monkeypatch.setattr(rltr, "make_tiny", lambda seed: task)
     monkeypatch.chdir(tmp_path)
@@ -889,23 +886,264 @@ BAD = {
     "nan": "--lr nan", "infinite": "--lr inf", "steps": "--steps 0", "cuts": "--cuts 0",
     "temperature": "--temperature 0", "budget": "--token-budget -1", "seed": "--seed -1",
     "context": "--max-new-tokens 128", "prompt": "--prompt no_place", "device": "--device abacus",
-    "out in use": "--out {tmp}/used", "out is a file": "--out {tmp}/no.txt",
+    "receiver with a tiny context": "--receiver {odd}/short", "NaN weights": "--model {odd}/nan",
+    "no end of text": "--model {odd}/endless", "more tokens than rows": "--model {odd}/narrow",
+    "no tokenizer": "--model {odd}/mute", "unsupported": "--model {odd}/bloom",
+    "remote code": "--model {odd}/remote", "half a file of weights": "--model {odd}/half",
+    "broken config": "--receiver {odd}/config", "not text": "--data {tmp}/binary.jsonl",
+    "broken csv": "--data {tmp}/broken.csv", "broken parquet": "--data {tmp}/broken.parquet",
+    "broken json": "--data {tmp}/broken.json", "empty answer": "--data {tmp}/blank.jsonl",
+    "answer a list": "--data {tmp}/list.jsonl", "empty question": "--data {tmp}/question.jsonl",
+    "eval data": "--eval-data {tmp}/no.jsonl", "k": "--eval-k 0", "word": "--steps many",
+    "unknown flag": "--abacus 3", "no value": "--lr", "epochs": "--epochs 0",
+    "resume nothing": "--resume {tmp}/no.txt", "out in use": "--out {tmp}/used", "out is a file": "--out {tmp}/no.txt",
     "out below a file": "--out {tmp}/no.txt/a"}
 
+@pytest.fixture(scope="session")
+def odd(task, tmp_path_factory):
+    """Model folders that cannot be used, each in another way."""
+    folder, tokenizer = tmp_path_factory.mktemp("odd"), rltr.tiny_tokenizer()
+
+    def save(name, model, tokenizer=tokenizer):
+        rltr.save_lm(lm_of(model, tokenizer), folder / name)
+    small = dict(vocab_size=len(tokenizer), eos_token_id=1)
+    save("short", tiny(max_position_embeddings=9, **small))
+    model = tiny(**small)
+    model.lm_head.weight.data[3] = torch.nan
+    save("nan", model)
+    silent = rltr.tiny_tokenizer()
+    silent.eos_token = None
+    save("endless", tiny(vocab_size=len(tokenizer)), silent)
+    save("narrow", tiny(vocab_size=5, eos_token_id=1))
+    tiny(**small).save_pretrained(folder / "mute")
+    save("bloom", tiny("bloom", **small))
+    for name in ("remote", "half", "config"):
+        save(name, tiny(**small))
+    config = json.loads((folder / "remote/config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {
+        name: f"code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}}
+    (folder / "remote/config.json").write_text(json.dumps(config))
+    (folder / "remote/code.py").write_text(f"open({str(folder / 'executed')!r}, 'w')")
+    weights = folder / "half/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "config/config.json").write_text("{")
+    return folder
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, tmp_path, capfd, monkeypatch):
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, odd, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "used").mkdir()
     for name, text in {
             "columns.jsonl": '{"question": "x"}', "empty.jsonl": "\n", "broken.jsonl": "{",
             "rows.json": '{"a": 1}', "answer.jsonl": '{"question": "x", "answer": null}',
-            "box.jsonl": '{"question": "x", "solution": "7"}', "no.txt": "", "used/a": ""}.items():
+            "box.jsonl": '{"question": "x", "solution": "7"}', "no.txt": "", "used/a": "",
+            "broken.csv": "a", "broken.json": "[", "broken.parquet": "PAR1",
+            "blank.jsonl": '{"question": "x", "answer": " "}',
+            "list.jsonl": '{"question": "x", "answer": [1]}',
+            "question.jsonl": '{"question": "", "answer": "1"}'}.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
     before = sorted(tmp_path.rglob("*"))
-    assert run(task, tmp_path / "out", BAD[case].replace("{tmp}", str(tmp_path))) == 2
+    assert run(task, tmp_path / "out", BAD[case].format(tmp=tmp_path, odd=odd)) == 2
     [error] = capfd.readouterr().err.splitlines()
     assert error.startswith("rltr: ") and len(error) > 25
     assert sorted(tmp_path.rglob("*")) == before                   # no half-made run is left behind
+    assert not (odd / "executed").exists()
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(UserError):
+        rltr.main(["--model", str(tmp_path), "--debug"])
+
+# ------------------------------------------------------------------------------------------- faults
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def forked(function, limit=None, timer=None):
+    """The exit code of the function in a process of its own, -9 if that was killed."""
+    def child():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        if timer:
+            signal.setitimer(signal.ITIMER_REAL, timer)             # SIGALRM: death, like kill -9
+        sys.exit(function())
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode
+
+def resumes_to(whole, out):
+    """Resume; is it then as if nothing had happened?"""
+    assert forked(lambda: rltr.main(["--resume", str(out)])) == 0
+    for name in ("metrics", "rollouts"):
+        assert read(out, name) == read(whole, name)
+    assert torch.equal(weights(out / "final"), weights(whole / "final"))
+    ours, theirs = (torch.load(folder / "checkpoints/step-000004/optimizer.pt")["adam"]["state"]
+                    for folder in (out, whole))
+    assert all(torch.equal(ours[i]["exp_avg_sq"], theirs[i]["exp_avg_sq"]) for i in theirs)
+    assert sorted(p.name for p in out.rglob("*")) == sorted(p.name for p in whole.rglob("*"))
+
+@pytest.mark.parametrize("where, name, call", [
+    (rltr, "sample_rollouts", 4), (rltr, "save_lm", 1), (torch, "save", 2), (rltr, "flush", 12),
+    (rltr.Path, "rename", 1), (rltr.Path, "rename", 2), (rltr.shutil, "rmtree", 3),
+    (rltr.Run, "log", 4), (rltr.Path, "replace", 2), (evaluation, "before_and_after", 1)])
+def test_kill_at_a_chosen_moment(where, name, call, task, whole, tmp_path):
+    def die_at_call():
+        calls, real = itertools.count(1), getattr(where, name)
+        setattr(where, name, lambda *a, **k: die() if next(calls) == call else real(*a, **k))
+        return run(task, tmp_path / "b", "--eval-data x" if where is evaluation else "")
+    if where is evaluation:                                       # the training is over
+        data = f"--eval-data {task}/train.jsonl"
+        def die_at_call():
+            evaluation.before_and_after = die
+            return run(task, tmp_path / "b", data)
+    assert forked(die_at_call) == -9
+    if name == "replace":                                         # the very first files of the run
+        assert run(task, tmp_path / "b") == 2
+    if where is evaluation:
+        assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--eval-data", ""])) == 0
+    if (tmp_path / "b/config.json").exists():
+        resumes_to(whole, tmp_path / "b")
+
+def kill_at_random(task, whole, out, kills, seed):
+    """So many deaths in one run, at moments of a steady kind of randomness; then it is finished."""
+    source, died = random.Random(seed), 0
+    while died < kills:
+        resume = (out / "config.json").exists()
+        if not resume:
+            rltr.shutil.rmtree(out, ignore_errors=True)
+        code = forked(lambda: rltr.main(["--resume", str(out)]) if resume else run(task, out),
+                      timer=source.uniform(0.02, 1.0))
+        died += code != 0
+        assert code in (0, -signal.SIGALRM)
+        steps = [m["step"] for m in read(out, "metrics")] if code == 0 else []
+        assert code != 0 or steps == [1, 2, 3, 4]
+        if code == 0:                                             # survived: begin once more
+            rltr.shutil.rmtree(out)
+    if (out / "config.json").exists():
+        resumes_to(whole, out)
+
+def test_kills_at_random_moments(task, whole, tmp_path):
+    kill_at_random(task, whole, tmp_path / "b", 3, seed=0)
+
+with warnings.catch_warnings():                          # there is no pytest.ini to register it in
+    warnings.simplefilter("ignore")
+    soak = pytest.mark.soak
+
+@soak
+def test_soak_twenty_kills_at_random_moments(task, whole, tmp_path, request):
+    if "soak" not in request.config.getoption("-m"):
+        pytest.skip("python -m pytest -m soak")
+    kill_at_random(task, whole, tmp_path / "b", 20, seed=1)
+
+def test_a_full_disk_is_said_and_training_goes_on(task, whole, tmp_path, capfd, monkeypatch):
+    for size in (9_000, 60_000):           # of any file: even logs break off; weights do not fit
+        out = tmp_path / str(size)
+        assert forked(lambda: run(task, out), limit=size) == 2
+        err = capfd.readouterr().err
+        assert "training goes on" in err and f"--resume {out}" in err.splitlines()[-1]
+        assert not (out / "final").exists() and not list(out.glob("checkpoints/step-0*"))
+        resumes_to(whole, out)
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(task, whole, tmp_path, monkeypatch, capfd):
+    opened, real, saved = itertools.count(1), rltr.Path.open, []
+
+    def full_for_a_while(path, mode="r", *a, **k):
+        if mode == "r+b" and next(opened) in (2, 3):
+            with real(path, "ab") as file:
+                file.write(b'{"step": 2, "torn')
+            raise OSError(28, "No space left on device")
+        return real(path, mode, *a, **k)
+    save = rltr.save_lm
+    monkeypatch.setattr(rltr, "save_lm", lambda *a: saved.append(1) or (
+        die() if len(saved) > 3 else save(*a) if len(saved) != 1 else open("/dev/full", "w").write("x" * 9999)))
+    monkeypatch.setattr(rltr.Path, "open", full_for_a_while)
+    assert run(task, tmp_path / "b") == 0
+    assert "No space left" in capfd.readouterr().err
+    for name in ("metrics", "rollouts"):
+        assert read(tmp_path / "b", name) == read(whole, name)
+    assert [p.name for p in (tmp_path / "b/checkpoints").iterdir()] == ["step-000004"]
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_finishes_the_step_and_saves_and_a_second_one_stops_at_once(
+        number, times, task, whole, tmp_path, capfd):
+    def signalled():
+        calls, real = itertools.count(1), rltr.sample_rollouts
+
+        def sample(*a):
+            for _ in range(times if next(calls) == 3 else 0):
+                os.kill(os.getpid(), number)
+            return real(*a)
+        rltr.sample_rollouts = sample
+        return run(task, tmp_path / "b")
+    code, steps = forked(signalled), sorted(p.name for p in tmp_path.glob("b/checkpoints/step-*"))
+    if times == 2:
+        assert code == -number and steps == ["step-000002"]
+    else:
+        assert code == 128 + number and steps == ["step-000002", "step-000003"]
+        assert f"--resume {tmp_path / 'b'}" in capfd.readouterr().out
+        assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b")])) == 0
+        assert read(tmp_path / "b", "rollouts") == read(whole, "rollouts")
+        assert torch.equal(weights(tmp_path / "b/final"), weights(whole / "final"))
+
+def test_two_runs_cannot_write_one_folder(task, tmp_path, capfd):
+    assert run(task, tmp_path / "b", "--steps 1") == 0
+    config = Config(**json.loads((tmp_path / "b/config.json").read_text()))
+    holder = rltr.Run(config, resume=True)
+    assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--steps", "2"])) == 2
+    assert "another run" in capfd.readouterr().err
+    del holder
+    assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--steps", "2"])) == 0
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_shown_and_six_end_the_run(
+        task, tmp_path, monkeypatch, capfd):
+    objective, bad = rltr.policy_objective, [2]
+    steps = itertools.count(1)
+    monkeypatch.setattr(rltr, "policy_objective", lambda *a: objective(*a) * (
+        torch.nan if next(steps) in bad else 1.0))
+    flags = "--prompts 4 --answer-weight 1 --lr 1e-3 --seed 2 --token-budget 99999"
+    assert run(task, tmp_path / "b", flags) == 0
+    metrics, rows = read(tmp_path / "b", "metrics"), read(tmp_path / "b", "rollouts")
+    assert [m["skipped"] for m in metrics] == [0, 1, 0, 0] and metrics[1]["grad_norm"] is None
+    assert [sum(r["step"] == step for r in rows) for step in (1, 2, 3, 4)] == [4, 16, 4, 4]
+    bad[:] = range(999)
+    assert run(task, tmp_path / "c", flags + " --steps 20") == 2
+    assert "six steps in a row" in capfd.readouterr().err and len(read(tmp_path / "c", "metrics")) == 6
+    assert torch.equal(weights(tmp_path / "c/checkpoints/step-000004"), weights(task / "generator"))
+
+class Bomb:
+    def __reduce__(self):
+        return open, (os.environ["RLTR_BOMB"], "w")
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_an_earlier_one_is_used(
+        task, whole, tmp_path, capfd, monkeypatch):
+    out, bomb = tmp_path / "b", tmp_path / "executed"
+    monkeypatch.setenv("RLTR_BOMB", str(bomb))
+    rltr.shutil.copytree(whole, out)
+    checkpoint = out / "checkpoints/step-000004"
+    good = {name: (checkpoint / name).read_bytes() for name in ("optimizer.pt", "model.safetensors")}
+    foreign = torch.load(checkpoint / "optimizer.pt")
+    for moments in foreign["adam"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].flatten()[:3].clone()
+    for name, data in (("optimizer.pt", good["optimizer.pt"][:-500]), ("optimizer.pt", b""),
+                       ("optimizer.pt", Bomb()), ("optimizer.pt", foreign),
+                       ("model.safetensors", good["model.safetensors"][:-500])):
+        if isinstance(data, bytes):
+            (checkpoint / name).write_bytes(data)
+        else:
+            torch.save(data, checkpoint / name)
+        assert rltr.main(["--resume", str(out), "--steps", "5"]) == 2
+        [error] = capfd.readouterr().err.splitlines()
+        assert "step-000004" in error and not bomb.exists()
+        (checkpoint / name).write_bytes(good[name])
+    (checkpoint / "optimizer.pt").unlink()
+    rltr.shutil.rmtree(checkpoint)                                       # the advice it gave
+    resumes_to(whole, out)
+    assert rltr.main(["--resume", str(out), "--steps", "5", "--lr", "1"]) == 2
+    assert "lr" in capfd.readouterr().err
+    assert rltr.main(["--resume", str(out), "--steps", "5", "--lr", "1", "--force"]) == 0
+    assert json.loads((out / "config.json").read_text())["lr"] == 1
 
 def test_every_setting_is_a_flag_with_help_and_the_examples_in_the_docstrings_are_true(capsys):
     with pytest.raises(SystemExit) as stop:
