@@ -567,35 +567,33 @@ class Sampler:
         self.length, self.spare, self.spare_prompt = length, rows, None
         self.n, self.owners, self.valid, self.layers = 0, [], 0, {}
         self.stop_ids, self.stops = stop_ids, torch.tensor([*stop_ids], device=device)
-        # A row's last token, not yet in the cache, its position; tokens it has had and may have.
-        self.token, self.position, self.count, self.limit = torch.zeros(
-            4, rows, dtype=torch.long, device=device)
-        self.done = self.token == 0
-        # A random number for each token to come; what was sampled. Rows that are done go on into
-        # the last column until somebody looks.
-        self.uniform, self.logprobs = torch.zeros(2, rows, length + 1, device=device)
-        self.tokens = self.logprobs.long()
+        # A row's last token, not yet in the cache, its position; tokens it has had and may have;
+        # whether it is done.
+        self.state = torch.zeros(5, rows, dtype=torch.long, device=device)
+        self.token, self.position, self.count, self.limit, self.done = self.state
+        # A random number for each token to come; what was sampled (fp32 holds ids below 2^24). Rows
+        # that are done go on into the last column until somebody looks.
+        self.drawn = torch.zeros(3, rows, length + 1, device=device)
+        self.uniform, self.tokens, self.logprobs = self.drawn
         self.fused = triton and (device.type == "cuda" or "TRITON_INTERPRET" in os.environ)
         self.graphs, self.pool, self.capturable = {}, None, self.fused
 
-    def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: np.ndarray):
+    def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: torch.Tensor):
         """Take in rows (number, prompt number, prompt, limit), samples of a prompt side by side. A
         prompt is prefilled once, but for its last token, which is fed to the first step."""
         numbers, which, prompts, limits = zip(*rows)
-        last, position = zip(*((prompt[-1], len(prompt) - 1) for prompt in prompts))
-        slots = range(self.n, self.n + len(rows))
+        slots, position = range(self.n, self.n + len(rows)), [len(p) - 1 for p in prompts]
         holder = {self.spare_prompt: self.spare}           # prompt number -> row that has its cache
         self.prefill({slot: prompt[:-1] for slot, w, prompt in zip(slots, which, prompts)
                       if holder.setdefault(w, slot) == slot})
         pairs = [(slot, holder[w]) for slot, w in zip((*slots, self.spare), (*which, which[-1]))]
         self.valid = max(self.valid, *position)
         self.copy_cache([pair for pair in pairs if pair[0] != pair[1]])
-        self.spare_prompt = which[-1]
-        for tensor, new in ((self.token, last), (self.position, position), (self.count, 0),
-                            (self.limit, limits), (self.done, False)):
-            tensor[slots.start:slots.stop] = torch.as_tensor(new, device=tensor.device)
-        self.uniform[slots.start:slots.stop, :uniform.shape[1]] = torch.from_numpy(uniform)
-        self.n, self.owners = slots.stop, [*self.owners, *numbers]
+        zero = [0] * len(rows)
+        self.state[:, slots.start:slots.stop] = torch.tensor(
+            [[p[-1] for p in prompts], position, zero, limits, zero])
+        self.uniform[slots.start:slots.stop, :uniform.shape[1]] = uniform
+        self.spare_prompt, self.n, self.owners = which[-1], slots.stop, [*self.owners, *numbers]
 
     def prefill(self, prompts: dict[int, list[int]], budget: int = 8192):
         """Cache prompts (slot -> tokens, the longest first), about `budget` tokens a forward."""
@@ -614,14 +612,13 @@ class Sampler:
         logits = self.model(input_ids=self.token[:n, None], position_ids=self.position[:n, None],
                             use_cache=False, sampler=self).logits[:, -1]                 # [n, V]
         logits[:, self.vocab_size:] = -torch.inf               # rows that no token belongs to
-        count, alive = self.count[:n], ~self.done[:n]
-        column = torch.where(alive, count, self.length)
+        alive = self.done[:n] == 0
+        column = torch.where(alive, self.count[:n], self.length)
         tokens, logprobs = sample_tokens(logits, self.temperature, self.uniform[rows, column])
-        self.tokens[rows, column], self.logprobs[rows, column] = tokens, logprobs
+        self.tokens[rows, column], self.logprobs[rows, column] = tokens.float(), logprobs
         self.token[:n] = tokens
-        self.count[:n] += alive
-        self.position[:n] += alive
-        self.done[:n] |= (tokens[:, None] == self.stops).any(1) | (count >= self.limit[:n])
+        self.state[1:3, :n] += alive                                      # position and count
+        self.done[:n] |= (tokens[:, None] == self.stops).any(1) | (self.count[:n] >= self.limit[:n])
 
     def advance(self, steps: int):
         """Steps of the active rows. On CUDA they are graphs, one a bucket of rows (2^k, 3/4 2^k):
@@ -646,19 +643,17 @@ class Sampler:
     def collect(self) -> list[tuple[int, Completion]]:
         """Take out the rows that are done; the last rows move into their places."""
         done = self.done[:self.n].nonzero().flatten().tolist()
-        columns = (t[done].tolist() for t in (self.count, self.tokens, self.logprobs))
+        columns = (t[done].tolist() for t in (self.count, self.tokens.long(), self.logprobs))
         finished = [(self.owners[slot], Completion(t[:c], p[:c], t[c - 1] in self.stop_ids))
                     for slot, c, t, p in zip(done, *columns)]
         self.n -= len(done)
         holes = [slot for slot in done if slot < self.n]
         movers = sorted(set(range(self.n, self.n + len(done))) - set(done))
         self.copy_cache(list(zip(holes, movers)))
-        for tensor in (self.token, self.position, self.count, self.limit, self.done, self.uniform,
-                       self.tokens, self.logprobs):
-            tensor[holes] = tensor[movers]
+        self.state[:, holes], self.drawn[:, holes] = self.state[:, movers], self.drawn[:, movers]
         for hole, mover in zip(holes, movers):
             self.owners[hole] = self.owners[mover]
-        self.done[self.n:], self.position[self.n:] = True, 0
+        self.done[self.n:], self.position[self.n:] = 1, 0
         del self.owners[self.n:]
         self.valid = int(self.position.max())
         return finished
@@ -811,10 +806,9 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
             free = rows - sampler.n
             if queue and free >= min(len(queue), max(1, rows // 8)):      # not a prefill a row
                 new = [queue.popleft() for _ in range(min(free, len(queue)))]
-                uniform = np.zeros((len(new), max(limits)), dtype=np.float32)
-                for table, (number, *_, limit) in zip(uniform, new):
-                    table[:limit] = 1 - rng(*keys, first_row + number).random(limit)      # (0, 1]
-                sampler.admit(new, uniform)
+                sampler.admit(new, pad_sequence([torch.from_numpy(                        # (0, 1]
+                    1 - rng(*keys, first_row + number).random(limit)).float()
+                    for number, *_, limit in new], batch_first=True))
             sampler.advance(look_every)
             for number, completions[number] in sampler.collect():
                 require(math.isfinite(sum(completions[number].logprobs)),
