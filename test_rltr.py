@@ -4,16 +4,20 @@ A test called test_mistake_... is named after something that other code bases go
 
 import contextlib
 import doctest
+import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import warnings
+from html import parser as html_parser
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -1153,6 +1157,77 @@ def test_every_setting_is_a_flag_with_help_and_the_examples_in_the_docstrings_ar
         assert f"--{name.replace('_', '-')}" in text and "".join(f.metadata["help"].split()) in text
     failed, attempted = doctest.testmod(rltr)
     assert stop.value.code == 0 and failed == 0 and attempted >= 3
+
+# ---------------------------------------------------------------------------------- report, README
+
+def benchmark(name):
+    """benchmarks/NAME.py as a module."""
+    path = rltr.Path(rltr.__file__).parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+HOSTILE_TEXT = "</pre><script>alert(1)</script><img src=x onerror=y>\x1b[31m\u202egnihton\x00"
+
+def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tmp_path, capfd):
+    report, folders = benchmark("report"), []
+    assert run(task, tmp_path / "rlvr", f"--transfer-weight 0 --steps 2 --eval-data {task}/train.jsonl "
+               "--eval-k 2") == 0
+    for seed in (0, 1):                                              # two runs that differ in the seed
+        folders.append(tmp_path / f"seed{seed}")
+        rltr.shutil.copytree(whole, folders[-1])
+        config = json.loads((whole / "config.json").read_text()) | {"seed": seed}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+        rows = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+        for row in rows:
+            row["accuracy"] = 0.25 + 0.5 * seed
+        (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [json.loads(line) for line in (whole / "rollouts.jsonl").open()]
+    for row in rows:
+        row["text"] = row["cuts"][0]["continuation"] = row["problem"]["question"] = HOSTILE_TEXT
+    (folders[0] / "rollouts.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "te')      # still being written
+    page = tmp_path / "report.html"
+    assert report.main([*map(str, folders), str(tmp_path / "rlvr"), "-o", str(page)]) == 0
+    html = page.read_text()
+    parser = html_parser.HTMLParser()
+    tags = []
+    parser.handle_starttag = lambda tag, given: tags.append((tag, dict(given)))
+    parser.feed(html)
+    assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in tags} and "http" not in html
+    assert not any(key in ("src", "href") or key.startswith("on") for _, given in tags for key in given)
+    assert "alert(1)" in html and "\\x1b[31m" in html and not set("\x1b\u202e\x00") & set(html)
+    assert "2 seeds" in html and "right answers went from 50% to 50%" in html  # the mean of both seeds
+    assert "RLVR" in html and "Maj@k" in html and f"{rows[-1]['advantage']:+.2f}" in html
+    lines = [given["points"] for tag, given in tags if tag == "polyline"]
+    assert len(lines) >= 2 * 5 and all(lines)
+    capfd.readouterr()
+    for argv in ([tmp_path / "nowhere"], [task]):
+        assert report.main([*map(str, argv), "-o", str(page)]) == 2
+        assert len(capfd.readouterr().err.splitlines()) == 1
+    (folders[1] / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    assert report.main([str(folders[1])]) == 2 and "line 1" in capfd.readouterr().err
+
+def test_the_commands_of_the_readme_parse(tmp_path, monkeypatch):
+    here = rltr.Path(rltr.__file__).parent
+    text = (here / "README.md").read_text() + (here / "benchmarks/RESULTS.md").read_text()
+    commands = re.findall(r"(?:python|torchrun[^`\n]*?) ((?:benchmarks/)?\w+\.py)([^`\n#&|]*)", text)
+    seen = set()
+    for script, rest in commands:
+        given = [word.strip('"') for word in shlex.split(rest) if word not in ("...", ")")]
+        seen.add(script)
+        if script == "rltr.py" and "--help" not in given and "--resume" not in given:
+            rltr.parse_arguments(given)
+        elif script == "eval.py" and given:
+            evaluation.parse_arguments(given)
+        source = (here / script).read_text()
+        flags = [word for word in given if word.startswith("--")]
+        known = source if script.startswith("bench") else [
+            *("--" + name.replace("_", "-") for name in Config.__dataclass_fields__), "--resume", "--help",
+            "--force", "--debug", "--k", "--samples", "--compare"]
+        assert not [flag for flag in flags if flag not in known], (script, flags)
+    assert {"rltr.py", "eval.py", "benchmarks/report.py", "benchmarks/gpu_check.py"} <= seen
 
 # ------------------------------------------------------------------------------------------ answers
 
