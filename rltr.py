@@ -717,15 +717,11 @@ def fused_attention(query, key, value, keys, values, position, scaling, window, 
     (n, heads, _, D), kv_heads, length = query.shape, key.shape[1], keys.shape[2]
     require(value.shape == key.shape, "keys and values differ in size: not for the CUDA sampler")
     out, power = torch.empty_like(query.transpose(1, 2)), triton.next_power_of_2
-    attention_kernel()[n, kv_heads](
+    attention_kernel[n, kv_heads](
         query.contiguous(), key.contiguous(), value.contiguous(), keys, values, position, out,
         scaling, length, window, SOFTCAP=softcap or 0.0, G=heads // kv_heads, D=D,
         G2=max(16, power(heads // kv_heads)), D2=max(16, power(D)), BLOCK=32, num_stages=3)
     return out
-
-@functools.cache
-def attention_kernel():
-    return triton.jit(attend)
 
 def attend(Q, New_K, New_V, K, V, Position, Out, scaling, length, window, SOFTCAP: tl.constexpr,
            G: tl.constexpr, D: tl.constexpr, G2: tl.constexpr, D2: tl.constexpr,
@@ -761,6 +757,8 @@ def attend(Q, New_K, New_V, K, V, Position, Out, scaling, length, window, SOFTCA
         out = out * shrink + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
     tl.store(Out + (pair * G + g) * D + d, out / total, (g < G) & (d < D))
+
+attention_kernel = triton and triton.jit(attend)
 
 def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tensor):
     """Inverse-CDF sampling: the first token whose cumulative probability reaches u.
@@ -1041,6 +1039,8 @@ def backward(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Co
     total, rows = sum(len(r.tokens) for r in rollouts), []       # one T, whatever the micro-batches
     mine = sorted(rollouts, key=lambda r: -len(r.prompt) - len(r.tokens))[RANK::RANKS]
     budget = config.token_budget or TOKEN_BUDGET
+    for module in lm.model.modules():       # no dropout, as when sampling; checkpointing wants True
+        module.training = getattr(module, "gradient_checkpointing", False)
     try:
         for batch in micro_batches(mine, budget):
             logp, entropies = completion_logprobs(lm, batch, config.temperature)           # [N]
@@ -1052,7 +1052,9 @@ def backward(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Co
             rows.append((gains.sum().item(), entropies.sum().item(), gaps))
         return rows
     except torch.OutOfMemoryError:
-        pass              # what the failed batch held is free only after the handler, so go on below
+        pass            # what the failed batch held is free only after the handler, so go on below
+    finally:
+        lm.model.eval()
     optimizer.adam.zero_grad()
     torch.cuda.empty_cache()
     config.token_budget = budget // 2
@@ -1064,15 +1066,12 @@ def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Conf
     """Step 8: up the token mean over all groups that are not dead; returns metrics. One optimizer
     step, or `epochs` passes of `minibatches` steps."""
     live, rows, trained, norms = live_groups(rollouts, config.group), [], 0, []
-    for module in lm.model.modules():       # no dropout, as when sampling; checkpointing wants True
-        module.training = getattr(module, "gradient_checkpointing", False)
     for i in range(config.epochs * config.minibatches):
         part = [r for g in live[i % config.minibatches::config.minibatches] for r in g]
         if part:
             rows += gather(backward(lm, optimizer, part, config))
             trained += sum(len(r.tokens) for r in part)
             norms.append(optimizer.step(config.max_grad_norm))
-    lm.model.eval()
     skipped = sum(not math.isfinite(norm) for norm in norms)
     if not live or skipped:
         return {"objective": None, "entropy": None, "grad_norm": None, "skipped": skipped}

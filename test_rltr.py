@@ -640,7 +640,7 @@ def test_out_of_memory_halves_the_token_budget_and_repeats_the_step(monkeypatch,
     assert config.token_budget in (50, 100, 200) and "--token-budget 200" in capsys.readouterr().out
 
     monkeypatch.setattr(rltr, "completion_logprobs", logprobs)          # what a run on CUDA starts with
-    shapes, longest, config.token_budget = embedded(lm.model), random_prompts(9, 30, 4), 200
+    shapes, longest = embedded(lm.model), random_prompts(9, 30, 4)
     rltr.rehearse(lm, optimizer, [(None, p) for p in longest], Config(token_budget=200, max_new_tokens=20))
     assert [(b, t) for b, t in shapes] == [(4, 49), (1, 49)]
     assert not any(p.grad is not None and p.grad.any() for p in lm.model.parameters())
