@@ -31,7 +31,8 @@ Ours, where what we know of the paper leaves it open (each is a flag or one func
 from __future__ import annotations
 
 import argparse, cmath, collections, csv, dataclasses, fcntl, functools, itertools, json, math
-import operator, os, random, re, resource, shutil, signal, sys, time, unicodedata, warnings, weakref
+import operator, os, random, re, resource, shutil, signal, sys, threading, time, unicodedata
+import warnings, weakref
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -781,15 +782,15 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
              first_row: int = 0, progress=None) -> list[Completion]:
     """`samples` completions of each prompt (non-empty lists of token ids), side by side.
     max_new_tokens may be one number a prompt. Temperature 0 is greedy. Tokens from vocab_size on
-    never come out. max_rows bounds the rows in the cache at once (None, 0: by the free memory),
-    each as long as the longest prompt plus completion. Row i's random numbers are a function of
+    never come out. max_rows and the free memory bound the rows in the cache at once, each as long
+    as the longest prompt plus completion. Row i's random numbers are a function of
     (seed, first_row + i) alone, whatever max_rows and the other rows."""
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     require(all([*prompts, *(m > 0 for m in limits)]), "generate: empty prompt or no token allowed")
     seed = int(torch.randint(2 ** 31, ())) if seed is None else seed
     keys = seed if isinstance(seed, tuple) else (seed,)
     longest = max((len(p) + m for p, m in zip(prompts, limits)), default=0)
-    rows = min(len(prompts) * samples, max_rows or affordable_rows(model, longest))
+    rows = min(len(prompts) * samples, max_rows or MAX_ROWS, affordable_rows(model, longest))
     # Long prompts first: neighbours in the queue are of like length, so prefills pad little.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     queue = collections.deque((i * samples + s, i, prompts[i], limits[i])
@@ -817,6 +818,8 @@ def generate(model, prompts: list[list[int]], *, samples: int = 1, max_new_token
         model.train(training).set_attn_implementation(attention)
     return completions
 
+MAX_ROWS = 512                 # by default, where memory allows
+
 def affordable_rows(model, length: int) -> int:
     """Rows of `length` tokens whose K/V fit half the free GPU memory, or a quarter of the RAM."""
     config = model.config.get_text_config()
@@ -827,7 +830,7 @@ def affordable_rows(model, length: int) -> int:
     if model.device.type == "cuda":
         free = (torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
                 - torch.cuda.memory_allocated(model.device))
-    return max(1, min(512, free // 2 // row))
+    return max(1, free // 2 // row)
 
 # ======================================================================================== rollouts
 @dataclass
@@ -1150,6 +1153,8 @@ def train(config: Config, resume: bool = False) -> Path:
     tasks = encode_problems(lm, problems, config, config.max_new_tokens)
     if transfer:
         encode_problems(transfer.receiver, problems, config, 1)            # or no cut would count
+    longest = config.max_new_tokens + max(len(prompt) for _, prompt in tasks)
+    config.max_rows = min(config.max_rows or MAX_ROWS, affordable_rows(lm.model, longest))
     optimizer = MasterAdamW(lm.model, config.lr, config.weight_decay,
                             "cpu" if config.offload else None)
     if lm.model.device.type == "cuda":
@@ -1158,7 +1163,8 @@ def train(config: Config, resume: bool = False) -> Path:
 
     bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps, unit="step",
                disable=RANK > 0)
-    skipped = 0
+    signals, skipped = [], 0
+    listen(*[lambda number, _: (signals.append(number), listen(signal.SIG_DFL, signal.SIG_DFL))] * 2)
     for step in bar:
         clock = Clock()
         batch = draw_problems(tasks, config.prompts, config.seed, step)
@@ -1178,7 +1184,7 @@ def train(config: Config, resume: bool = False) -> Path:
         clock.lap("update", sum(len(r.tokens) for r in rollouts))
 
         metrics = {"step": step + 1} | summarize(rollouts, config.group) | learned | clock.metrics
-        stopped, skipped = gather(SIGNALS), skipped + 1 if learned["skipped"] else 0
+        stopped, skipped = gather(signals), skipped + 1 if learned["skipped"] else 0
         if RANK == 0:
             run.log(metrics, rollouts if skipped else rollouts[:config.group])
             report(bar, metrics, rollouts, config)
@@ -1196,11 +1202,17 @@ def train(config: Config, resume: bool = False) -> Path:
         require(not run.failed, f"the last save failed: make room, then --resume {run.folder}")
         print(f"trained model: {final}")
     gather([])                                         # until it is written
-    listen(signal.SIG_DFL)
+    listen(signal.default_int_handler, signal.SIG_DFL)
     if config.eval_data:
         from eval import before_and_after
         before_and_after(config, final)
     return final
+
+def listen(interrupt, terminate):
+    """What Ctrl-C and SIGTERM do; a thread that is not the main one has no say."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 def resolve(config: Config) -> Config:
     """Refuse what is wrong before anything is loaded; name the tiny files and the run."""
@@ -1545,19 +1557,11 @@ def resumed_config(folder: Path, given: dict, force: bool) -> Config:
             "away, or --force")
     return dataclasses.replace(config, **given | {"out": str(folder)})
 
-SIGNALS = []                          # SIGINT or SIGTERM that came: after this step, save and stop
-
-def listen(handler=lambda number, frame: (SIGNALS.append(number), listen(signal.SIG_DFL))):
-    """By default the first signal is noted, and a second one stops at once."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         arguments = parse_arguments(argv)
         join_ranks()
-        listen()
         train(*arguments)
         return 0
     except (UserError, OSError) as error:
@@ -1566,9 +1570,7 @@ def main(argv: list[str] | None = None) -> int:
         print("rltr: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
     finally:
-        SIGNALS.clear()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        listen(signal.default_int_handler, signal.SIG_DFL)
 
 if __name__ == "__main__":
     sys.modules["rltr"] = sys.modules["__main__"]      # eval.py imports rltr: let it get this one

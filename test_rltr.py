@@ -874,7 +874,7 @@ def test_without_model_tiny_settings_replace_what_the_user_did_not_set(task, tmp
     monkeypatch.chdir(tmp_path)
     assert rltr.main([*"--steps 1 --prompts 2 --cuts 3 --out a --eval-data".split(), ""]) == 0
     config = json.loads((tmp_path / "a/config.json").read_text())
-    given = {"steps": 1, "prompts": 2, "cuts": 3, "eval_data": ""}
+    given = {"steps": 1, "prompts": 2, "cuts": 3, "eval_data": "", "max_rows": 512}    # resolved
     for key, want in {**vars(Config()), **rltr.TINY, **given, "out": "a"}.items():
         assert config[key] == (want.replace("tiny/", f"{task}/") if isinstance(want, str) else want)
 
