@@ -43,8 +43,6 @@ Maj@k: 1 < k < n is a mean over {SUBSETS:,} subsets without replacement. Pass@k:
 [..]: 95 % intervals, bootstrap over problems, {RESAMPLES:,} resamples."""
 
 # ==================================================================================== mathematics
-
-
 @functools.lru_cache(maxsize=1)                  # of one problem, for all k
 def classify(answers: tuple, gold: str) -> tuple[np.ndarray, np.ndarray]:
     """Answers as integers [n], the same for equivalent ones, 0 for None; and which are right [n].
@@ -60,7 +58,6 @@ def classify(answers: tuple, gold: str) -> tuple[np.ndarray, np.ndarray]:
     right = {a: a is not None and answers_equal(a, gold) for a in number}
     return np.array([number[a] for a in answers]), np.array([right[a] for a in answers])
 
-
 @functools.lru_cache(maxsize=64)
 def subsets(n: int, k: int) -> np.ndarray:
     """Subsets of k of n completions [S, k], each in the order of sampling: for "first seen"."""
@@ -68,7 +65,6 @@ def subsets(n: int, k: int) -> np.ndarray:
         return np.arange(n).reshape(-1, k)
     source = np.random.default_rng(0)
     return np.sort([source.choice(n, k, replace=False) for _ in range(SUBSETS)], axis=1)
-
 
 def maj_at_k(answers: list, gold: str, k: int) -> float:
     """Maj@k = mean over subsets S of k answers (None: no answer) of 1[majority_vote(a_S) = gold].
@@ -85,7 +81,6 @@ def maj_at_k(answers: list, gold: str, k: int) -> float:
     winners = chosen[rows, votes.argmax(1)]                           # argmax: the first of equals
     return float(right[winners].mean())
 
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Pass@k = 1 - C(n - c, k) / C(n, k): some of k completions is right, if c of n are. The
     difference is taken in whole numbers, so nothing cancels and nothing overflows.
@@ -96,7 +91,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     require(1 <= k <= n and 0 <= c <= n, f"Pass@{k} of {n} completions, {c} of them right")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
-
 def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """values [P, M], M figures of P problems. Draws P problems with replacement, again and again:
     the 95 % intervals of the means [M, 2] and p = 2 min(P[mean <= 0], P[mean >= 0]) [M]."""
@@ -106,10 +100,7 @@ def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tail = np.minimum((means <= 0).sum(0), (means >= 0).sum(0)) + 1
     return np.percentile(means, [2.5, 97.5], axis=0).T, np.minimum(1, 2 * tail / (RESAMPLES + 1))
 
-
 # ==================================================================================== completions
-
-
 def evaluate(lm: LM, problems: list[Problem], *, k, prompt=PROMPT, max_new_tokens=1024,
              temperature=1.0, receiver: LM | None = None, taus=TAUS, margin=64,
              receiver_temperature=1.0, transfer_samples=4, seed=0, max_rows=0, fallback=False,
@@ -158,7 +149,6 @@ def evaluate(lm: LM, problems: list[Problem], *, k, prompt=PROMPT, max_new_token
                     file.write("".join(json.dumps(record) + "\n" for record in new))
     return score(records, k, fallback)
 
-
 def stored_records(out: str, settings: dict, problems: list[Problem], size: int) -> list[dict]:
     """The complete chunks of an interrupted evaluation; what is behind, a torn line too, is cut."""
     file, beside = Path(out, "completions.jsonl"), Path(out, "settings.json")
@@ -176,7 +166,6 @@ def stored_records(out: str, settings: dict, problems: list[Problem], size: int)
     os.truncate(file, sum(map(len, lines)))
     return read_records(file) if lines else []
 
-
 def read_records(path: str | Path) -> list[dict]:
     """One record a line: "problem", "answer", "completions"; evaluate adds what is "drawn"."""
     records = []
@@ -192,7 +181,6 @@ def read_records(path: str | Path) -> list[dict]:
     require(records, f"{path}: holds no completions")
     return records
 
-
 def parse(text: bytes, where) -> dict:
     try:
         data = json.loads(text)
@@ -201,10 +189,7 @@ def parse(text: bytes, where) -> dict:
     require(isinstance(data, dict), f"{where}: not a JSON object")
     return data
 
-
 # ========================================================================================= result
-
-
 def score_problem(record: dict, ks: list[int], fallback: bool) -> dict:
     """All figures of one problem, under the names that the report uses."""
     texts, gold, drawn = record["completions"], record["answer"], record.get("drawn", {})
@@ -227,7 +212,6 @@ def score_problem(record: dict, ks: list[int], fallback: bool) -> dict:
     return {"problem": record["problem"], "answer": gold,
             "figures": {name: float(value) for name, value in figures.items()}}
 
-
 def score(records: list[dict], k: int | None = None, fallback: bool = False) -> dict:
     """All figures, for k = 1, 2, 4 .. n and the given k; each problem has n or more completions."""
     n = min(len(record["completions"]) for record in records)
@@ -247,7 +231,6 @@ def score(records: list[dict], k: int | None = None, fallback: bool = False) -> 
             "figures": mean, "intervals": dict(zip(names, bootstrap(values)[0].tolist())),
             "conventions": CONVENTIONS, "per_problem": rows}
 
-
 def report(result: dict) -> str:
     rows = {}                                    # what has the same k or tau shares a row
     for (name, mean), (low, high) in zip(result["figures"].items(), result["intervals"].values()):
@@ -256,7 +239,6 @@ def report(result: dict) -> str:
     cut = f", {result['cut']} of them cut and continued" if result["cut"] else ""
     return "\n".join([f"{result['problems']} problems, {result['n']} completions each{cut}",
                       *map("".join, rows.values()), result["conventions"]])
-
 
 def compare(a: dict, b: dict, only=()) -> str:
     """The differences of the figures that two results share, paired by problem."""
@@ -273,7 +255,6 @@ def compare(a: dict, b: dict, only=()) -> str:
                      f"   p = {p:.4f}")
     return "\n".join(lines)
 
-
 def before_and_after(config: Config, final: Path):
     """The closing table of rltr.py: the generator and what became of it, on config.eval_data."""
     settings = {**vars(config), "data": config.eval_data, "k": config.eval_k, "out": "",
@@ -288,9 +269,7 @@ def before_and_after(config: Config, final: Path):
     print("before -> after,", compare(before, after, [
         "accuracy", f"Maj@{config.eval_k}", *(f"transfer@{tau}" for tau in TAUS[::2])]))
 
-
 # =================================================================================== command line
-
 FLAGS = [                                        # name, default, least value (None: text), help
     ("model", "", None, "folder or hub name of the model to evaluate"),
     ("samples", "", None, "file of completions to score instead of a model's"),
@@ -305,7 +284,6 @@ FLAGS = [                                        # name, default, least value (N
     *((f.name, f.default, f.metadata["minimum"], f.metadata["help"])
       for f in dataclasses.fields(Config) if f.name in ("max_new_tokens", "receiver_temperature",
       "receiver_margin", "limit", "seed", "max_rows", "device"))]
-
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -330,7 +308,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     require("{question}" in args.prompt, "--prompt: {question} is missing in it")
     return args
 
-
 def evaluate_model(args: argparse.Namespace) -> dict:
     problems = load_problems(args.data, args.split, args.limit, prefer="test")
     files = [f for m in (args.model, args.receiver) if m for f in Path(m).glob("*.safetensors")]
@@ -344,7 +321,6 @@ def evaluate_model(args: argparse.Namespace) -> dict:
                     label=Path(args.model).name, **{name: getattr(args, name) for name in (
                         "k", "prompt", "max_new_tokens", "temperature", "receiver_temperature",
                         "transfer_samples", "fallback", "out", "seed", "max_rows")})
-
 
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
@@ -366,7 +342,6 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print("eval: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())
