@@ -1189,7 +1189,10 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
     (folders[0] / "rollouts.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "te')      # still being written
     page = tmp_path / "report.html"
-    assert report.main([*map(str, folders), str(tmp_path / "rlvr"), "-o", str(page)]) == 0
+    scored = tmp_path / "result.json"
+    scored.write_text(json.dumps({"figures": {"Maj@1": 0.5, "Maj@2": 0.75}}))
+    assert report.main([*map(str, folders), str(tmp_path / "rlvr"), "-o", str(page),
+                        "--eval", str(scored)]) == 0
     html = page.read_text()
     parser = html_parser.HTMLParser()
     tags = []
@@ -1199,6 +1202,7 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
     assert not any(key in ("src", "href") or key.startswith("on") for _, given in tags for key in given)
     assert "alert(1)" in html and "\\x1b[31m" in html and not set("\x1b\u202e\x00") & set(html)
     assert "2 seeds" in html and "right answers went from 50% to 50%" in html  # the mean of both seeds
+    assert f"{tmp_path.name}/result.json" in html
     assert "RLVR" in html and "Maj@k" in html and f"{rows[-1]['advantage']:+.2f}" in html
     lines = [given["points"] for tag, given in tags if tag == "polyline"]
     assert len(lines) >= 2 * 5 and all(lines)

@@ -1,6 +1,7 @@
 """One self-contained HTML page about one or several runs: curves, evaluations, rollouts to read.
 
     python benchmarks/report.py runs/A [runs/B ...] -o report.html
+    python benchmarks/report.py runs/A --eval evals/A/result.json      # and what eval.py has written
 
 Runs that differ only in their seed share a curve (their mean) with a band (lowest to highest). No
 network, no scripts; the theme follows the reader's. A run that is still going can be looked at."""
@@ -152,14 +153,16 @@ def training_charts(groups: dict) -> str:
         charts.append(chart(title, series, "step"))
     return "".join(charts)
 
-def evaluation_charts(groups: dict) -> str:
-    """Before (dashed) and after (solid): Maj@k and Pass@k over k, transfer over tau."""
+def evaluation_charts(groups: dict, results: dict) -> str:
+    """Maj@k and Pass@k over k, transfer over tau: before (dashed) and after training (solid) from the
+    closing tables of runs, and the results of eval.py."""
     charts = []
     for prefix, title, label in (("Maj@", "Maj@k: the majority of k answers is right", "k"),
                                  ("Pass@", "Pass@k: one of k answers is right", "k"),
                                  ("transfer@", "the receiver's right continuations", "tau")):
         series = []
-        for colour, runs in enumerate(groups.values()):
+        found = [*groups.values(), *([{"evaluation": {"after": r}}] for r in results.values())]
+        for colour, runs in enumerate(found):
             for when in ("before", "after"):
                 tables = [run["evaluation"][when] for run in runs if run["evaluation"].get(when)]
                 keys = [k for k in tables[0] if k.startswith(prefix)] if tables else []
@@ -228,12 +231,11 @@ def what_happened(label: str, runs: list[dict]) -> str:
                 f"{np.mean(lucky):+.2f}. With the answer alone, both would earn the same")
     return "<p>" + ". ".join(lines) + ".</p>"
 
-def page(runs: list[dict]) -> str:
-    groups = group_runs(runs)
-    legend = "".join(f'<span><i style="border-color: var(--c{i % 5})"></i>{text(label)}</span>'
-                     for i, label in enumerate(groups))
-    config = runs[0]["config"]
-    evaluations = evaluation_charts(groups)
+def page(runs: list[dict], results: dict) -> str:
+    groups, config = group_runs(runs), runs[0]["config"]
+    keys = [f'<span><i style="border-color: var(--c{i % 5})"></i>{text(label)}</span>'
+            for i, label in enumerate([*groups, *results])]
+    legend, evaluations = "".join(keys[:len(groups)]), evaluation_charts(groups, results)
     parts = [
         f"<h1>RLTR: {text(Path(config['model']).name)} on {text(Path(config['data']).name)}</h1>",
         f"<p>A model, the <b>generator</b>, learns by trial and error to solve problems. Each attempt "
@@ -248,7 +250,8 @@ def page(runs: list[dict]) -> str:
         'band goes from the lowest to the highest seed.</p>',
         f'<div class="grid">{training_charts(groups)}</div>']
     if evaluations:
-        parts.append('<h2>Evaluation on held-out problems</h2><p class="soft">Dashed before, solid after '
+        parts.append('<h2>Evaluation on held-out problems</h2>'
+                     f'<p class="legend">{"".join(keys)}</p><p class="soft">Dashed before, solid after '
                      f'training.</p><div class="grid">{evaluations}</div>')
     parts.append('<h2>Attempts to read</h2><p class="soft"><span class="prefix">Up to the cut</span>, '
                  '<span class="own">what the generator itself wrote after it</span>, <span '
@@ -263,13 +266,15 @@ def page(runs: list[dict]) -> str:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("--eval", nargs="+", type=Path, default=[], help="result.json of eval.py")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"))
     given = parser.parse_args(argv)
     try:
-        rltr.write_file(given.output, page([read_run(folder) for folder in given.runs]))
+        results = {f"{p.parent.name}/{p.name}": json.loads(p.read_text())["figures"] for p in given.eval}
+        rltr.write_file(given.output, page([read_run(folder) for folder in given.runs], results))
         print(given.output)
         return 0
-    except (UserError, OSError, KeyError) as error:
+    except (UserError, OSError, KeyError, ValueError) as error:
         print(f"report: {printable(str(error))}", file=sys.stderr)
         return 2
 
