@@ -577,7 +577,7 @@ class Sampler:
         self.drawn = torch.zeros(3, rows, length + 1, device=device)
         self.uniform, self.tokens, self.logprobs = self.drawn
         self.fused = triton and (device.type == "cuda" or "TRITON_INTERPRET" in os.environ)
-        self.graphs, self.pool, self.capturable = {}, None, self.fused
+        self.graphs, self.pool = {}, None
 
     def admit(self, rows: list[tuple[int, int, list[int], int]], uniform: torch.Tensor):
         """Take in rows (number, prompt number, prompt, limit), samples of a prompt side by side. A
@@ -629,17 +629,13 @@ class Sampler:
             n = min(self.spare, power * 3 // 4 if n <= power * 3 // 4 else power)
         for _ in range(steps):
             self.valid = min(self.valid + 1, self.length)
-            if n in self.graphs:
+            if self.graphs.get(n):
                 self.graphs[n].replay()
                 continue
             self.step(n)                           # eager, the warm-up that a capture needs
-            try:
-                if self.capturable:
-                    self.graphs[n] = capture(functools.partial(self.step, n), self.pool)
-                    self.pool = self.graphs[n].pool()
-            except RuntimeError as error:          # a model that waits for the device, say
-                self.capturable = False
-                print(f"no CUDA graphs, so sampling is slow: {error}", file=sys.stderr)
+            if self.fused and n not in self.graphs:
+                self.graphs[n] = capture(functools.partial(self.step, n), self.pool)
+                self.pool = self.graphs[n] and self.graphs[n].pool()
 
     def collect(self) -> list[tuple[int, Completion]]:
         """Take out the rows that are done; the last rows move into their places."""
@@ -666,11 +662,14 @@ class Sampler:
             cache[targets, :, :self.valid] = cache[sources, :, :self.valid]
 
 def capture(step, pool):
-    """The kernels that step() launches, as a graph to replay; it works in the pool's memory."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
-    return graph
+    """The kernels that step() launches, as a graph to replay in the pool's memory, if that can be."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+        return graph
+    except RuntimeError as error:                  # a model that waits for the device, say
+        print(f"no CUDA graph, so sampling is slow: {error}", file=sys.stderr)
 
 def cached_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                      softcap=None, sampler=None, **kwargs):
