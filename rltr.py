@@ -1333,14 +1333,14 @@ class Run:
         for left in self.folder.glob("**/*.partial-*"):            # by a crash
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
+        def earlier(line):
+            step = re.fullmatch(rb'\{"step": (\d+),.*\n', line)            # None: torn by a crash
+            return step and int(step[1]) <= self.start
         for name, log in self.logs.items():
-            file = self.folder / name
-            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-            ended = re.compile(r'\{"step": (\d+),.*\n')
-            text = "".join(line for line in lines if (m := ended.fullmatch(line))
-                           and int(m[1]) <= self.start)
-            write_file(file, text)
-            log[1] = len(text.encode())
+            with (self.folder / name).open("a+b") as file:
+                file.seek(0)
+                log[1] = sum(map(len, itertools.takewhile(earlier, file)))
+                file.truncate(log[1])
 
     def attempt(self, write):
         """A full disk does not end a run: what fails is said, and done again at the next time."""

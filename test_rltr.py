@@ -990,7 +990,7 @@ def resumes_to(whole, out):
 @pytest.mark.parametrize("where, name, call", [
     (rltr, "sample_rollouts", 4), (rltr, "save_lm", 1), (torch, "save", 2), (rltr, "flush", 12),
     (rltr.Path, "rename", 1), (rltr.Path, "rename", 2), (rltr.shutil, "rmtree", 3),
-    (rltr.Run, "log", 4), (rltr.Path, "replace", 2), (evaluation, "before_and_after", 1)])
+    (rltr.Run, "log", 4), (rltr.Path, "replace", 1), (evaluation, "before_and_after", 1)])
 def test_kill_at_a_chosen_moment(where, name, call, task, whole, tmp_path):
     def die_at_call():
         calls, real = itertools.count(1), getattr(where, name)
