@@ -33,7 +33,7 @@ from tqdm import tqdm
 import rltr
 from rltr import (EVALUATION, LM, PROMPT, Config, Problem, TransferReward, UserError, answers_equal,
                   decode, extract_answer, gather, generate, is_correct, load_lm, load_problems,
-                  majority_vote, printable, require, share)  # noqa: F401 (majority_vote: for importers)
+                  majority_vote, printable, require, share)  # noqa: F401 (majority_vote: re-exported)
 
 TAUS = tuple(i / 10 for i in range(1, 10))
 SUBSETS, RESAMPLES = 1000, 10_000
@@ -119,8 +119,8 @@ def evaluate(lm: LM, problems: list[Problem], *, k, prompt=PROMPT, max_new_token
     records = gather(stored_records(out, settings or {}, problems, size)
                      if out and rltr.RANK == 0 else [])
     work = k + (min(k, transfer_samples) * len(taus) if transfer else 0)     # rows a problem
-    with tqdm(desc=label, unit="row", smoothing=0, total=work * len(problems), disable=rltr.RANK > 0,
-              initial=work * len(records)) as bar:
+    with tqdm(desc=label, unit="row", smoothing=0, total=work * len(problems),
+              initial=work * len(records), disable=rltr.RANK > 0) as bar:
         for first in range(len(records), len(problems), size):
             here = slice(first, min(first + size, len(problems)))
             mine = share(here.stop - first)                     # of several GPUs, under torchrun

@@ -125,8 +125,8 @@ DATA, ROLLOUT, CUT, CONTINUATION, EVALUATION = range(1, 6)
 def rng(*keys: int) -> np.random.Generator:
     return np.random.default_rng(keys)
 
-# With torchrun N processes, the ranks, run this file, each on a GPU of its own. All of them know all
-# rollouts; each samples and learns from its share. Rank 0 writes and speaks.
+# With torchrun N processes, the ranks, run this file, each on a GPU of its own. All of them know
+# all rollouts; each samples and learns from its share. Rank 0 writes and speaks.
 RANK, RANKS = 0, 1
 
 def join_ranks():
@@ -662,7 +662,7 @@ class Sampler:
             cache[targets, :, :self.valid] = cache[sources, :, :self.valid]
 
 def capture(step, pool):
-    """The kernels that step() launches, as a graph to replay in the pool's memory, if that can be."""
+    """The kernels that step() launches, as a graph to replay in the pool's memory, or None."""
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
@@ -1086,7 +1086,7 @@ def update(lm: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Conf
 def rehearse(lm: LM, optimizer: MasterAdamW, tasks: list, config: Config):
     """The largest batch that the update may meet, with advantages of 0: memory runs out now, which
     halves the token budget, and not at step 120."""
-    moments = [torch.empty_like(master) for master in optimizer.masters * 2]        # Adam's, to come
+    moments = [torch.empty_like(master) for master in optimizer.masters * 2]     # Adam's, to come
     prompt, n = max((prompt for _, prompt in tasks), key=len), config.max_new_tokens
     row = Rollout(None, prompt, [0] * n, [0.0] * n, False, "")
     count = (config.token_budget or TOKEN_BUDGET) // (len(prompt) + n) + 1
@@ -1163,7 +1163,10 @@ def train(config: Config, resume: bool = False) -> Path:
     bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps, unit="step",
                disable=RANK > 0)
     signals, skipped = [], 0
-    listen(*[lambda number, _: (signals.append(number), listen(signal.SIG_DFL, signal.SIG_DFL))] * 2)
+    def note(number, _):                               # the step ends first; a second one kills
+        signals.append(number)
+        listen(signal.SIG_DFL, signal.SIG_DFL)
+    listen(note, note)
     for step in bar:
         clock = Clock()
         batch = draw_problems(tasks, config.prompts, config.seed, step)
@@ -1187,8 +1190,8 @@ def train(config: Config, resume: bool = False) -> Path:
         if RANK == 0:
             run.log(metrics, rollouts if skipped else rollouts[:config.group])
             report(bar, metrics, rollouts, config)
-        require(skipped < 6, f"{run.folder}: six steps in a row without a finite gradient; a smaller "
-                "--lr may help; the rollouts of these steps are all in rollouts.jsonl")
+        require(skipped < 6, f"{run.folder}: six steps in a row without a finite gradient; a "
+                "smaller --lr may help; the rollouts of these steps are all in rollouts.jsonl")
         last = stopped or step + 1 == config.steps
         if RANK == 0 and (last or config.save_every and (step + 1) % config.save_every == 0):
             run.save(lm, optimizer, step + 1)
@@ -1253,8 +1256,8 @@ def encode_problems(lm: LM, problems: list[Problem], config: Config, new: int) -
     """(problem, prompt's token ids), without those that leave no room for `new` tokens."""
     tasks = [(p, lm.encode_prompt(p.question, config.prompt)) for p in problems]
     fit = [task for task in tasks if len(task[1]) + new <= lm.context]
-    require(fit, f"model {lm.model.name_or_path}: its context of {lm.context} tokens holds no prompt "
-            f"with {new} more; --max-new-tokens or another model")
+    require(fit, f"model {lm.model.name_or_path}: its context of {lm.context} tokens holds no "
+            f"prompt with {new} more; --max-new-tokens or another model")
     if left_out := len(tasks) - len(fit):
         RANK or print(f"{left_out} of {len(tasks)} problems left out: too long for the context")
     return fit
@@ -1423,8 +1426,8 @@ def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
     bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
         "reward", "accuracy", "transfer", "length", "tokens_per_s_sample") if name in metrics})
     if metrics.get("logprob_gap_mean", 0) > 0.05 and config.epochs == config.minibatches == 1:
-        warnings.warn("the log-probs of trainer and sampler differ (logprob_gap_mean): a kernel or a "
-                      "dtype of one alone, dropout, or weights that changed in between")
+        warnings.warn("the log-probs of trainer and sampler differ (logprob_gap_mean): a kernel or "
+                      "a dtype of one alone, dropout, or weights that changed in between")
     if step == bar.initial + 1:
         seconds = sum(value for key, value in metrics.items() if key.startswith("seconds_"))
         bar.write(f"{config.out}: the first step took {seconds:.1f} s, {left} more make about "

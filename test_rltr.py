@@ -1,4 +1,4 @@
-"""Tests of rltr.py and eval.py: tiny random models against numeric oracles. No network, no GPU, no waiting.
+"""Tests of rltr.py and eval.py: tiny random models against numeric oracles. No network, no GPU.
 
 A test called test_mistake_... is named after something that other code bases got wrong."""
 
@@ -32,8 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import eval as evaluation
 import rltr
 from eval import maj_at_k, majority_vote, pass_at_k
-from rltr import (CHECKS, Completion, Config, Problem, Rollout, UserError, answers_equal, extract_answer,
-                  generate, is_correct)
+from rltr import (CHECKS, Completion, Config, Problem, Rollout, UserError, answers_equal,
+                  extract_answer, generate, is_correct)
 
 torch.set_num_threads(1)                 # matrices this small are faster on one
 V = 97                                   # vocabulary of the random models
@@ -217,28 +217,30 @@ def test_greedy_is_that_of_transformers_and_logprobs_are_those_of_a_full_forward
                 assert best[0] - best[1] < 1e-4, f"row {i}, token {first}"
         assert len(got) == 10
 
-# What the sampler does on CUDA, on the CPU: the kernel in Triton's interpreter; a graph that cannot be
-# captured (there is none here), then one whose replay is the step itself.
+# What the sampler does on CUDA, on the CPU: the kernel in Triton's interpreter; a graph that cannot
+# be captured (there is none here), then one whose replay is the step itself.
 ON_CUDA = """
 import types
 import rltr, test_rltr
-model = test_rltr.tiny("gemma2", hidden_size=36, num_attention_heads=6, head_dim=20, sliding_window=7,
-                       attn_logit_softcapping=2.0)
+model = test_rltr.tiny("gemma2", hidden_size=36, num_attention_heads=6, head_dim=20,
+                       sliding_window=7, attn_logit_softcapping=2.0)
 def texts(temperature):
-    return rltr.generate(model, test_rltr.random_prompts(37, 3), samples=4, max_new_tokens=5, seed=0,
-                         max_rows=5, stop_ids=range(1, 20), temperature=temperature)
+    return rltr.generate(model, test_rltr.random_prompts(37, 3), samples=4, max_new_tokens=5,
+                         seed=0, max_rows=5, stop_ids=range(1, 20), temperature=temperature)
 drawn = texts(1.0)
 rltr.capture = lambda step, pool: types.SimpleNamespace(replay=step, pool=object)
 greedy, rltr.triton = texts(0), None
 for fused, plain in ((drawn, texts(1.0)), (greedy, texts(0))):
     assert [c.tokens for c in fused] == [c.tokens for c in plain]
-    assert all(abs(a - b) < 1e-4 for c, d in zip(fused, plain) for a, b in zip(c.logprobs, d.logprobs))
+    assert all(abs(a - b) < 1e-4 for c, d in zip(fused, plain)
+               for a, b in zip(c.logprobs, d.logprobs))
 """
 
 def test_the_sampler_of_cuda_gives_the_same_with_its_kernel_and_its_graphs():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-c", ON_CUDA], cwd=os.path.dirname(__file__) or ".",
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, text=True, capture_output=True)
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, text=True,
+                          capture_output=True)
     assert done.returncode == 0 and "no CUDA graph" in done.stderr, done.stderr
 
 @pytest.mark.parametrize("kind, changes", [
@@ -618,14 +620,16 @@ def test_minibatches_split_the_live_groups_and_epochs_repeat_them():
     rows = sampled(lm.model, [1, 0, 0, 2, 2, 2, 2.1, 1.1, .1, 0, 1, 1], noise=0.6, high=90)
     optimizer = KeepGradients(lm.model)              # it makes no step: the policy stays the same
     metrics = rltr.update(lm, optimizer, rows, config)
-    halves = [naive_update(lm.model, part, config, 90)[1] for part in (rows[:3] + rows[9:], rows[6:9])]
+    halves = [naive_update(lm.model, part, config, 90)[1]
+              for part in (rows[:3] + rows[9:], rows[6:9])]
     for got, want in zip(optimizer.gradients, halves + halves, strict=True):
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
     assert metrics["entropy"] == pytest.approx(np.mean(naive_update(lm.model, rows, config, 90)[2]))
 
 def test_out_of_memory_halves_the_token_budget_and_repeats_the_step(monkeypatch, capsys):
     lm, config = lm_of(tiny(), vocab_size=90), Config(group=3, token_budget=400)
-    rows, seen, logprobs = sampled(lm.model, [1, 0, 0, 0, 1, 1] * 5, high=90), [], rltr.completion_logprobs
+    rows, seen = sampled(lm.model, [1, 0, 0, 0, 1, 1] * 5, high=90), []
+    logprobs = rltr.completion_logprobs
     most, optimizer = 70, KeepGradients(lm.model)
 
     def limited(lm, batch, *a):
@@ -639,13 +643,15 @@ def test_out_of_memory_halves_the_token_budget_and_repeats_the_step(monkeypatch,
     assert (optimizer.gradient - want).abs().max() < 1e-5 * want.abs().max()
     assert config.token_budget in (50, 100, 200) and "--token-budget 200" in capsys.readouterr().out
 
-    monkeypatch.setattr(rltr, "completion_logprobs", logprobs)          # what a run on CUDA starts with
+    monkeypatch.setattr(rltr, "completion_logprobs", logprobs)      # what a run on CUDA starts with
     shapes, longest = embedded(lm.model), random_prompts(9, 30, 4)
-    rltr.rehearse(lm, optimizer, [(None, p) for p in longest], Config(token_budget=200, max_new_tokens=20))
+    rltr.rehearse(lm, optimizer, [(None, p) for p in longest],
+                  Config(token_budget=200, max_new_tokens=20))
     assert [(b, t) for b, t in shapes] == [(4, 49), (1, 49)]
     assert not any(p.grad is not None and p.grad.any() for p in lm.model.parameters())
-    most = 0
-    monkeypatch.setattr(rltr, "completion_logprobs", lambda *a: limited(*a) if seen.append(0) else limited(*a))
+    def never(*a):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(rltr, "completion_logprobs", never)
     with pytest.raises(UserError, match="gradient-checkpointing"):
         rltr.update(lm, optimizer, rows, config)
 
@@ -841,14 +847,15 @@ def test_mistake_resume_repeats_a_batch_or_reseeds(task, whole, tmp_path, monkey
     assert rltr.main(["--resume", str(out), "--lr", "1"]) == 2       # that would be another run
     assert rltr.main(["--resume", str(tmp_path / "nothing")]) == 2
 
-def test_two_processes_make_the_rollouts_and_the_gradient_of_one(task, tmp_path, monkeypatch, capfd):
+def test_two_processes_make_the_rollouts_and_gradient_of_one(task, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     flags = f"--steps 1 --prompts 3 --eval-data {task}/train.jsonl --eval-k 2 --seed 1"
     assert run(task, tmp_path / "one", flags) == 0
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     capfd.readouterr()
     monkeypatch.setattr(rltr, "main", lambda argv: subprocess.run(
-        [sys.executable, *command, rltr.__file__, *argv], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode)
+        [sys.executable, *command, rltr.__file__, *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode)
     assert run(task, tmp_path / "two", flags) == 0
     assert capfd.readouterr().out.count("trained model") == 1           # one of them speaks
     one, two = tmp_path / "one", tmp_path / "two"
@@ -860,7 +867,8 @@ def test_two_processes_make_the_rollouts_and_the_gradient_of_one(task, tmp_path,
                      for folder in (one, two))
     for i in first:
         assert torch.allclose(first[i]["exp_avg"], second[i]["exp_avg"], rtol=0, atol=1e-6)
-    before, after = (json.loads((out / "evaluation.json").read_text())["before"] for out in (one, two))
+    before, after = (json.loads((out / "evaluation.json").read_text())["before"]
+                     for out in (one, two))
     assert before == after                                               # the same texts
 
 def test_two_steps_and_a_resume_to_four_are_four_steps(task, whole, tmp_path):
@@ -900,7 +908,8 @@ BAD = {
     "answer a list": "--data {tmp}/list.jsonl", "empty question": "--data {tmp}/question.jsonl",
     "eval data": "--eval-data {tmp}/no.jsonl", "k": "--eval-k 0", "word": "--steps many",
     "unknown flag": "--abacus 3", "no value": "--lr", "epochs": "--epochs 0",
-    "resume nothing": "--resume {tmp}/no.txt", "out in use": "--out {tmp}/used", "out is a file": "--out {tmp}/no.txt",
+    "resume nothing": "--resume {tmp}/no.txt", "out in use": "--out {tmp}/used",
+    "out is a file": "--out {tmp}/no.txt",
     "out below a file": "--out {tmp}/no.txt/a"}
 
 @pytest.fixture(scope="session")
@@ -1060,7 +1069,8 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(task, whole, tmp_path, mo
         return real(path, mode, *a, **k)
     save = rltr.save_lm
     monkeypatch.setattr(rltr, "save_lm", lambda *a: saved.append(1) or (
-        die() if len(saved) > 3 else save(*a) if len(saved) != 1 else open("/dev/full", "w").write("x" * 9999)))
+        die() if len(saved) > 3 else save(*a) if len(saved) != 1
+        else open("/dev/full", "w").write("x" * 9999)))
     monkeypatch.setattr(rltr.Path, "open", full_for_a_while)
     assert run(task, tmp_path / "b") == 0
     assert "No space left" in capfd.readouterr().err
@@ -1113,7 +1123,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_shown_and_six_end_the_r
     assert [sum(r["step"] == step for r in rows) for step in (1, 2, 3, 4)] == [4, 16, 4, 4]
     bad[:] = range(999)
     assert run(task, tmp_path / "c", flags + " --steps 20") == 2
-    assert "six steps in a row" in capfd.readouterr().err and len(read(tmp_path / "c", "metrics")) == 6
+    assert "six steps in a row" in capfd.readouterr().err
+    assert len(read(tmp_path / "c", "metrics")) == 6
     assert torch.equal(weights(tmp_path / "c/checkpoints/step-000004"), weights(task / "generator"))
 
 class Bomb:
@@ -1126,7 +1137,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_an_earlier_one_is_used(
     monkeypatch.setenv("RLTR_BOMB", str(bomb))
     rltr.shutil.copytree(whole, out)
     checkpoint = out / "checkpoints/step-000004"
-    good = {name: (checkpoint / name).read_bytes() for name in ("optimizer.pt", "model.safetensors")}
+    good = {name: (checkpoint / name).read_bytes()
+            for name in ("optimizer.pt", "model.safetensors")}
     foreign = torch.load(checkpoint / "optimizer.pt")
     for moments in foreign["adam"]["state"].values():
         moments["exp_avg"] = moments["exp_avg"].flatten()[:3].clone()
@@ -1172,9 +1184,9 @@ HOSTILE_TEXT = "</pre><script>alert(1)</script><img src=x onerror=y>\x1b[31m\u20
 
 def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tmp_path, capfd):
     report, folders = benchmark("report"), []
-    assert run(task, tmp_path / "rlvr", f"--transfer-weight 0 --steps 2 --eval-data {task}/train.jsonl "
-               "--eval-k 2") == 0
-    for seed in (0, 1):                                              # two runs that differ in the seed
+    assert run(task, tmp_path / "rlvr", "--transfer-weight 0 --steps 2 --eval-k 2 "
+               f"--eval-data {task}/train.jsonl") == 0
+    for seed in (0, 1):                                           # two runs that differ in the seed
         folders.append(tmp_path / f"seed{seed}")
         rltr.shutil.copytree(whole, folders[-1])
         config = json.loads((whole / "config.json").read_text()) | {"seed": seed}
@@ -1187,7 +1199,7 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
     for row in rows:
         row["text"] = row["cuts"][0]["continuation"] = row["problem"]["question"] = HOSTILE_TEXT
     (folders[0] / "rollouts.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "te')      # still being written
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "te')   # still being written
     page = tmp_path / "report.html"
     scored = tmp_path / "result.json"
     scored.write_text(json.dumps({"figures": {"Maj@1": 0.5, "Maj@2": 0.75}}))
@@ -1199,9 +1211,10 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
     parser.handle_starttag = lambda tag, given: tags.append((tag, dict(given)))
     parser.feed(html)
     assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in tags} and "http" not in html
-    assert not any(key in ("src", "href") or key.startswith("on") for _, given in tags for key in given)
+    assert not any(key in ("src", "href") or key.startswith("on")
+                   for _, given in tags for key in given)
     assert "alert(1)" in html and "\\x1b[31m" in html and not set("\x1b\u202e\x00") & set(html)
-    assert "2 seeds" in html and "right answers went from 50% to 50%" in html  # the mean of both seeds
+    assert "2 seeds" in html and "right answers went from 50% to 50%" in html     # both seeds' mean
     assert f"{tmp_path.name}/result.json" in html
     assert "RLVR" in html and "Maj@k" in html and f"{rows[-1]['advantage']:+.2f}" in html
     lines = [given["points"] for tag, given in tags if tag == "polyline"]
@@ -1216,7 +1229,8 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
 def test_the_commands_of_the_readme_parse(tmp_path, monkeypatch):
     here = rltr.Path(rltr.__file__).parent
     text = (here / "README.md").read_text() + (here / "benchmarks/RESULTS.md").read_text()
-    commands = re.findall(r"(?:python|torchrun[^`\n]*?) ((?:benchmarks/)?\w+\.py)([^`\n#&|]*)", text)
+    commands = re.findall(
+        r"(?:python|torchrun[^`\n]*?) ((?:benchmarks/)?\w+\.py)([^`\n#&|]*)", text)
     seen = set()
     for script, rest in commands:
         given = [word.strip('"') for word in shlex.split(rest) if word not in ("...", ")")]
@@ -1228,8 +1242,8 @@ def test_the_commands_of_the_readme_parse(tmp_path, monkeypatch):
         source = (here / script).read_text()
         flags = [word for word in given if word.startswith("--")]
         known = source if script.startswith("bench") else [
-            *("--" + name.replace("_", "-") for name in Config.__dataclass_fields__), "--resume", "--help",
-            "--force", "--debug", "--k", "--samples", "--compare"]
+            *("--" + name.replace("_", "-") for name in Config.__dataclass_fields__), "--resume",
+            "--help", "--force", "--debug", "--k", "--samples", "--compare"]
         assert not [flag for flag in flags if flag not in known], (script, flags)
     assert {"rltr.py", "eval.py", "benchmarks/report.py", "benchmarks/gpu_check.py"} <= seen
 
