@@ -975,6 +975,7 @@ def die(*_, **__):
 def forked(function, limit=None, timer=None):
     """The exit code of the function in a process of its own, -9 if that was killed."""
     def child():
+        rltr.tqdm.set_lock(rltr.threading.RLock())    # not the parent's: the dead never release it
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if timer:
