@@ -19,28 +19,41 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rltr
 
-sampled = []                   # what rltr sampled last
+sampled = []  # what rltr sampled last
+
 
 def ours(model, prompts, group, stop_ids, limit, seed):
-    sampled[:] = rltr.generate(model, prompts, samples=group, max_new_tokens=limit,
-                               stop_ids=stop_ids, seed=seed)
+    sampled[:] = rltr.generate(
+        model, prompts, samples=group, max_new_tokens=limit, stop_ids=stop_ids, seed=seed
+    )
     return [len(c.tokens) for c in sampled]
+
 
 @torch.no_grad()
 def one_forward(model, prompts, group, stop_ids, limit, seed):
     """No engine but a floor: one forward over all tokens that rltr sampled, were they known."""
     for i in range(0, len(sampled), group):
-        rows = [torch.tensor(prompts[i // group] + c.tokens) for c in sampled[i:i + group]]
+        rows = [torch.tensor(prompts[i // group] + c.tokens) for c in sampled[i : i + group]]
         model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device))
     return [len(c.tokens) for c in sampled]
 
+
 def settings(group, stop_ids, limit, pad):
     return transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit,
-        num_return_sequences=group, eos_token_id=list(stop_ids) or None, pad_token_id=pad)
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=limit,
+        num_return_sequences=group,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad,
+    )
+
 
 def useful(tokens, stop_ids):
     return next((i for i, t in enumerate(tokens, 1) if t in stop_ids), len(tokens))
+
 
 def hf_generate(model, prompts, group, stop_ids, limit, seed, cache=None):
     """One left-padded batch, as transformers' documentation has it."""
@@ -53,9 +66,11 @@ def hf_generate(model, prompts, group, stop_ids, limit, seed, cache=None):
     out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
     return [useful(row, stop_ids) for row in out.tolist()]
 
+
 def hf_static(*arguments):
     """Static cache: transformers compiles the decoding step of its own accord on CUDA."""
     return hf_generate(*arguments, cache="static")
+
 
 def hf_continuous(model, prompts, group, stop_ids, limit, seed):
     """transformers' continuous batching over a paged cache."""
@@ -64,24 +79,28 @@ def hf_continuous(model, prompts, group, stop_ids, limit, seed):
     config.num_return_sequences = 1
     attention = model.config._attn_implementation
     try:
-        out = model.generate_batch(inputs=[p for p in prompts for _ in range(group)],
-                                   generation_config=config, progress_bar=False)
+        out = model.generate_batch(
+            inputs=[p for p in prompts for _ in range(group)],
+            generation_config=config,
+            progress_bar=False,
+        )
     finally:
         model.set_attn_implementation(attention)
     assert len(out) == len(prompts) * group, "continuous batching lost requests"
     return [len(r.generated_tokens) for r in out.values()]
 
+
 def measure(engines, model, batches, group, stop_ids, limit):
     """seconds, tokens and the lengths of each engine for each batch; engines take turns."""
     results = {name: [] for name in engines}
     cpu = model.device.type == "cpu"
-    for turn, prompts in enumerate([batches[0], *batches]):             # the first round warms up
+    for turn, prompts in enumerate([batches[0], *batches]):  # the first round warms up
         for name, engine in list(engines.items()):
             start = time.perf_counter()
             try:
                 short = min(limit, 4) if cpu and turn == 0 else limit
                 lengths = engine(model, prompts, group, stop_ids, short, turn)
-            except Exception as error:            # a peer that cannot run here is not compared
+            except Exception as error:  # a peer that cannot run here is not compared
                 print(f"{name}: cannot run here: {type(error).__name__}: {error}"[:300])
                 del engines[name], results[name]
                 continue
@@ -90,9 +109,12 @@ def measure(engines, model, batches, group, stop_ids, limit):
             results[name].append((time.perf_counter() - start, lengths))
     return {name: rounds[1:] for name, rounds in results.items()}
 
+
 def table(results):
-    lines = ["| engine | useful tokens/s, each seed | mean | rltr is faster by | lengths |",
-             "|---|---|---|---|---|"]
+    lines = [
+        "| engine | useful tokens/s, each seed | mean | rltr is faster by | lengths |",
+        "|---|---|---|---|---|",
+    ]
     speeds = {name: [sum(n) / s for s, n in rounds] for name, rounds in results.items()}
     for name, rounds in results.items():
         lengths = [n for _, all_n in rounds for n in all_n]
@@ -101,8 +123,10 @@ def table(results):
             f"| {name} | {' '.join(f'{s:.0f}' for s in speeds[name])} "
             f"| {statistics.mean(speeds[name]):.0f} | {statistics.mean(ratios):.2f} "
             f"({min(ratios):.2f}-{max(ratios):.2f}) | {min(lengths)}-{max(lengths)}, "
-            f"mean {statistics.mean(lengths):.0f} |")
+            f"mean {statistics.mean(lengths):.0f} |"
+        )
     return "\n".join(lines)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -119,7 +143,7 @@ def main():
     lm = rltr.load_lm(given.model, given.device)
     problems = rltr.load_problems(given.data, limit=given.prompts * given.seeds)
     encoded = [lm.encode_prompt(p.question, given.prompt) for p in problems]
-    batches = [encoded[i:i + given.prompts] for i in range(0, len(encoded), given.prompts)]
+    batches = [encoded[i : i + given.prompts] for i in range(0, len(encoded), given.prompts)]
     stops = [i for i in range(lm.vocab_size) if lm.tokenizer.decode([i]).strip() == "."]
     engines = {"rltr": ours, "transformers generate, dynamic cache": hf_generate}
     if given.device != "cpu":
@@ -127,9 +151,12 @@ def main():
     engines["transformers generate_batch (continuous batching)"] = hf_continuous
     engines["one plain forward, the texts known"] = one_forward
     results = measure(engines, lm.model, batches, given.group, (*lm.stop_ids, *stops), given.limit)
-    print(f"{given.model}, {given.device}, {lm.model.dtype}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, {torch.get_num_threads()} threads: {given.prompts} prompts x "
-          f"{given.group}\n\n{table(results)}")
+    print(
+        f"{given.model}, {given.device}, {lm.model.dtype}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {torch.get_num_threads()} threads: {given.prompts} prompts x "
+        f"{given.group}\n\n{table(results)}"
+    )
+
 
 if __name__ == "__main__":
     main()

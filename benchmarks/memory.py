@@ -23,22 +23,35 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rltr
 
-GIB = 2 ** 30
+GIB = 2**30
 #               hidden, inner, layers, heads, kv heads, tied
-SHAPES = {"0.5B": (896, 4864, 24, 14, 2, True), "1.5B": (1536, 8960, 28, 12, 2, True),
-          "3B": (2048, 11008, 36, 16, 2, True), "7B": (3584, 18944, 28, 28, 4, False),
-          "check": (256, 1024, 4, 8, 2, True)}
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, True),
+    "1.5B": (1536, 8960, 28, 12, 2, True),
+    "3B": (2048, 11008, 36, 16, 2, True),
+    "7B": (3584, 18944, 28, 28, 4, False),
+    "check": (256, 1024, 4, 8, 2, True),
+}
+
 
 def make(size: str):
     hidden, inner, layers, heads, kv_heads, tied = SHAPES[size]
     config = transformers.Qwen2Config(
-        vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-        max_position_embeddings=32768, dtype=torch.bfloat16)
+        vocab_size=151_936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32768,
+        dtype=torch.bfloat16,
+    )
     torch.set_default_dtype(torch.bfloat16)
     model = transformers.Qwen2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return model
+
 
 def one_update(model, optimizer, rows: int, length: int):
     """The allocations of rltr.update: two micro-batches, the gradient clipped, a step."""
@@ -53,6 +66,7 @@ def one_update(model, optimizer, rows: int, length: int):
     torch.nn.utils.clip_grad_norm_(optimizer.masters, 1.0)
     optimizer.adam.step()
     optimizer.adam.zero_grad()
+
 
 class Count(TorchDispatchMode):
     """Bytes of the storages that are alive on a device, and the most there ever were."""
@@ -80,6 +94,7 @@ class Count(TorchDispatchMode):
         del self.alive[key]
         self.now -= count
 
+
 def counted(size, rows, length, checkpointing, offload=False) -> int:
     """The most bytes at once, on fake tensors; with offload without those of the host, for which
     the device "meta" stands here."""
@@ -88,12 +103,16 @@ def counted(size, rows, length, checkpointing, offload=False) -> int:
         model.train(checkpointing)
         if checkpointing:
             model.gradient_checkpointing_enable()
-        one_update(model, rltr.MasterAdamW(model, 1e-6, device='meta' if offload else None), rows, length)
+        one_update(
+            model, rltr.MasterAdamW(model, 1e-6, device="meta" if offload else None), rows, length
+        )
         return count.peak
+
 
 def allocated(size: str, rows: int, length: int, checkpointing: bool) -> int:
     """What the CPU's allocator handed out at most, by the profiler's record of each call."""
     from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         model = make(size)
         model.train(checkpointing)
@@ -107,6 +126,7 @@ def allocated(size: str, rows: int, length: int, checkpointing: bool) -> int:
             peak = max(peak, total)
     return peak
 
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
@@ -114,17 +134,24 @@ def main():
     given = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     if given.check:
-        print("| rows x length | checkpointing | counted, GiB | allocated, GiB |\n|---|---|---|---|")
+        print(
+            "| rows x length | checkpointing | counted, GiB | allocated, GiB |\n|---|---|---|---|"
+        )
         for rows, length, checkpointing in ((1, 512, False), (4, 256, False), (4, 256, True)):
             work = "check", rows, length, checkpointing
-            print(f"| {rows} x {length} | {checkpointing} | {counted(*work) / GIB:.3f} "
-                  f"| {allocated(*work) / GIB:.3f} |")
+            print(
+                f"| {rows} x {length} | {checkpointing} | {counted(*work) / GIB:.3f} "
+                f"| {allocated(*work) / GIB:.3f} |"
+            )
         return
     cards, one, full = (16, 24, 32, 48, 80, 141), (1, given.length), (8, given.length)
-    settings = {f"none, {full[0]} x {full[1]}": (*full, False), f"none, 1 x {one[1]}": (*one, False),
-                f"checkpointing, {full[0]} x {full[1]}": (*full, True),
-                f"checkpointing, offload, {full[0]} x {full[1]}": (*full, True, True),
-                f"checkpointing, offload, 1 x {one[1]}": (*one, True, True)}
+    settings = {
+        f"none, {full[0]} x {full[1]}": (*full, False),
+        f"none, 1 x {one[1]}": (*one, False),
+        f"checkpointing, {full[0]} x {full[1]}": (*full, True),
+        f"checkpointing, offload, {full[0]} x {full[1]}": (*full, True, True),
+        f"checkpointing, offload, 1 x {one[1]}": (*one, True, True),
+    }
     print("| shape | " + " | ".join(settings) + " |\n|---" + "|---" * len(settings) + "|")
     for size in ("0.5B", "1.5B", "3B", "7B"):
         with torch.device("meta"):
@@ -135,6 +162,7 @@ def main():
             card = next((f"{c} GB" for c in cards if need * GIB / 1e9 < c), "none of one")
             cells.append(f"{need:.1f} GiB: {card}")
         print(f"| Qwen2.5-{size} | " + " | ".join(cells) + " |", flush=True)
+
 
 if __name__ == "__main__":
     main()
