@@ -75,7 +75,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # ======================================================================================= settings
-#
 # Each field of Config is a setting: its name, default and help text are the command line, too.
 
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -160,7 +159,6 @@ def require(condition, message: str):
 
 
 # ======================================================================================== records
-#
 # One Rollout carries everything that is known of a completion, from the prompt to the advantage.
 # The steps below fill it in, field by field; nothing in it is ever overwritten.
 
@@ -221,10 +219,6 @@ class Rollout:
     reward: float = 0.0  # their weighted sum
     advantage: float = 0.0
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
 
 def grouped(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
     """The rollouts of each problem. They stand side by side, `group` of them a problem."""
@@ -232,7 +226,6 @@ def grouped(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
 
 
 # ======================================================================================= training
-#
 # The algorithm. `train` is what to read first; steps 1-7 and step 8 follow it.
 
 
@@ -409,11 +402,8 @@ def score_transfer(rollouts: list[Rollout]):
 
 def combine_rewards(rollouts: list[Rollout], config: Config):
     """Step 6: R = a R_ans + b R_trans + c R_fmt. Another reward needs its weight here."""
-    weights = {
-        "answer": config.answer_weight,
-        "transfer": config.transfer_weight,
-        "format": config.format_weight,
-    }
+    a, b, c = config.answer_weight, config.transfer_weight, config.format_weight
+    weights = {"answer": a, "transfer": b, "format": c}
     for rollout in rollouts:
         rollout.reward = sum(weights[name] * value for name, value in rollout.rewards.items())
 
@@ -521,7 +511,7 @@ def add_gradient(generator: LM, rollouts: list[Rollout], config: Config) -> list
 def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.0, chunk: int = 0):
     """Log-probabilities and entropies of all completion tokens under the current policy.
 
-    Two tensors [N], the rollouts end to end. What runs out of memory first in training is the
+    A tensor [2, N], the rollouts end to end. What runs out of memory first in training is the
     logits, [rows, time, vocabulary]: a gigabyte for two rows of 1,024 tokens. They never exist
     here: they are made for `chunk` tokens at a time (default: 2**27 numbers), reduced to one number
     a token, and made once more in the backward pass (checkpoint)."""
@@ -539,25 +529,22 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
     targets = torch.tensor([token for r in rollouts for token in r.tokens], device=device)  # [N]
 
     chunk = chunk or max(1, 2**27 // lm.vocab_size)
-    logprobs, entropies = [], []
+    figures = []
     for some_states, some_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
-        logprob, entropy = checkpoint(
-            token_logprobs, lm, some_states, some_targets, temperature, use_reentrant=False
-        )
-        logprobs.append(logprob)
-        entropies.append(entropy)
-    return torch.cat(logprobs), torch.cat(entropies)
+        some = (lm, some_states, some_targets, temperature)
+        figures.append(checkpoint(token_logprobs, *some, use_reentrant=False))  # [2, chunk]
+    return torch.cat(figures, dim=1)
 
 
 def token_logprobs(lm: LM, states: torch.Tensor, targets: torch.Tensor, temperature: float):
-    """Of last hidden states [n, E] and the tokens that followed [n]: log-probs [n], entropies [n].
+    """Last hidden states [n, E], the tokens that followed [n] -> log-probs and entropies [2, n].
 
     The same temperature and the same vocabulary as in sampling: rows beyond the tokenizer's
     (Qwen2.5 has 271 of them) do not count."""
     logits = head_logits(lm.model, states)[:, : lm.vocab_size] / temperature  # [n, V]
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-    return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
+    return torch.stack([logprobs.gather(1, targets[:, None]).squeeze(1), entropy])
 
 
 def micro_batches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollout]]:
@@ -565,16 +552,15 @@ def micro_batches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollo
 
     The longest come first: if memory runs out, it does so at once and not after an hour."""
     batches, width = [], 0
-    for rollout in sorted(rollouts, key=lambda r: r.length, reverse=True):
+    for rollout in sorted(rollouts, key=lambda r: len(r.prompt + r.tokens), reverse=True):
         if not batches or (len(batches[-1]) + 1) * width > token_budget:
             batches.append([])
-            width = rollout.length
+            width = len(rollout.prompt + rollout.tokens)
         batches[-1].append(rollout)
     return batches
 
 
 # ====================================================================================== optimizer
-#
 # fp32 master weights for a bf16 model, and the search for the micro-batch that fits the memory. A
 # reader may skip this.
 
@@ -590,35 +576,34 @@ class MasterAdamW:
     gradients stays beside the model and moves once a step."""
 
     def __init__(self, model, lr: float, weight_decay: float = 0.0, offload: bool = False):
-        self.model = model
         self.masters = []
         self.copies = []  # (weight, its master) where these are two
-        self.sums = {}  # of such weights: weight -> fp32 sum of gradients
+        self.sums = {}  # of such weights: place in copies -> fp32 sum of gradients
         for weight in model.parameters():
             master = weight
             if weight.dtype != torch.float32:
                 master = weight.detach().to("cpu" if offload else weight.device, torch.float32)
+                hook = functools.partial(self.add_gradient, self.sums, len(self.copies))
+                weight.register_post_accumulate_grad_hook(hook)
                 self.copies.append((weight, master))
-                weight.register_post_accumulate_grad_hook(self.add_gradient)
             self.masters.append(master)
-        on_gpu = self.masters[0].device.type == "cuda"
-        self.adam = torch.optim.AdamW(
-            self.masters, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=on_gpu
-        )
+        how = {"betas": (0.9, 0.99), "fused": self.masters[0].device.type == "cuda"}
+        self.adam = torch.optim.AdamW(self.masters, lr, weight_decay=weight_decay, **how)
 
-    def add_gradient(self, weight):
+    @staticmethod  # a weight that knew the optimizer would keep it in memory after training
+    def add_gradient(sums: dict, place: int, weight):
         """Called by autograd when the gradient of a weight is complete."""
-        if weight not in self.sums:
-            self.sums[weight] = torch.zeros_like(weight, dtype=torch.float32)
-        self.sums[weight] += weight.grad
+        if place not in sums:
+            sums[place] = torch.zeros_like(weight, dtype=torch.float32)
+        sums[place] += weight.grad
         weight.grad = None
 
     @torch.no_grad()
     def step(self, max_norm: float) -> float:
         """Clip, step, clear; returns the gradient norm. If that is not finite there is no step."""
-        for weight, master in self.copies:
-            if weight in self.sums:
-                master.grad = self.sums[weight].to(master.device)
+        for place, gradient in self.sums.items():
+            _, master = self.copies[place]
+            master.grad = gradient.to(master.device)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if math.isfinite(norm):
             self.adam.step()
@@ -631,7 +616,8 @@ class MasterAdamW:
         """Release all gradients, also those that a failed backward pass has left half-way."""
         self.sums.clear()
         self.adam.zero_grad()
-        self.model.zero_grad()
+        for weight, _ in self.copies:
+            weight.grad = None
 
     def state_dict(self) -> dict:
         return {"adam": self.adam.state_dict(), "masters": [master for _, master in self.copies]}
@@ -656,11 +642,11 @@ def find_token_budget(generator: LM, optimizer: MasterAdamW, tasks: list, config
     fits = False
     while budget and not fits:
         trial = dataclasses.replace(config, token_budget=budget)
-        count = 2 * max(1, budget // row.length)  # two micro-batches: one meets the gradients
+        rows_a_batch = max(1, budget // (len(longest_prompt) + length))
         moments = []
         try:
             moments += [torch.empty_like(master) for master in optimizer.masters * 2]  # Adam's
-            add_gradient(generator, [row] * count, trial)
+            add_gradient(generator, [row] * rows_a_batch * 2, trial)  # the second meets gradients
             fits = True
         except torch.OutOfMemoryError:
             budget //= 2
@@ -671,12 +657,12 @@ def find_token_budget(generator: LM, optimizer: MasterAdamW, tasks: list, config
         torch.cuda.empty_cache()
     if not fits:
         raise torch.OutOfMemoryError
-    torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(RuntimeError):  # an allocator that does not count
+        torch.cuda.reset_peak_memory_stats()
     return budget
 
 
 # ====================================================================================== generation
-#
 # One sampler with a KV cache serves generator, receiver and evaluation, for any decoder-only model
 # of transformers with ordinary attention. No work is done for rows that are gone: the active ones
 # are always the first of the batch; when one finishes, the last one moves into its place, and a
@@ -708,18 +694,22 @@ def generate(
     text does not depend on max_rows or on the other rows. Raises UserError for an empty prompt, no
     token allowed, outputs that are not finite."""
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    require(all(prompts) and min(limits, default=1) > 0, "generate: empty prompt or no new token")
+    allowed = all(prompts) and all(limit > 0 for limit in limits)
+    require(allowed, "generate: a prompt is empty, or no new token is allowed")
+    if not prompts:
+        return []
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     keys = seed if isinstance(seed, tuple) else (seed,)
     # Everything below is per row: row i is the completion i.
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     limits = [limit for limit in limits for _ in range(samples)]
-    longest = max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=0)
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     capacity = min(len(prompts), max_rows or MAX_ROWS, affordable_rows(model, longest))
     sampler = Sampler(model, prompts, limits, capacity, longest, temperature, stop_ids, vocab_size)
-    for row, limit in enumerate(limits):
-        sampler.uniform[row, :limit] = torch.from_numpy(1 - rng(*keys, row).random(limit))  # (0, 1]
+    uniform = [1 - rng(*keys, row).random(limit) for row, limit in enumerate(limits)]  # (0, 1]
+    uniform = pad_sequence([torch.from_numpy(row) for row in uniform], batch_first=True)
+    sampler.uniform[:, :-1] = uniform.float()
 
     # Long prompts first: neighbours in the queue are of like length, so prefills pad little.
     queue = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
@@ -736,7 +726,16 @@ def generate(
             sampler.release()
     finally:
         model.train(training_before).set_attn_implementation(attention_before)
-    return sampler.completions()
+
+    counts = (sampler.tokens[:, :-1] >= 0).sum(dim=1).tolist()
+    tokens, logprobs = sampler.tokens.tolist(), sampler.logprobs.tolist()
+    completions = []
+    for row, count in enumerate(counts):
+        finite = math.isfinite(sum(logprobs[row][:count]))
+        require(finite, f"model {model.name_or_path}: its outputs are not finite numbers")
+        finished = tokens[row][count - 1] in stop_ids
+        completions.append(Completion(tokens[row][:count], logprobs[row][:count], finished))
+    return completions
 
 
 def affordable_rows(model, length: int) -> int:
@@ -771,7 +770,7 @@ class Sampler:
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         # What is drawn, for each row; -1: nothing yet. Slots that are done write into the last
         # column, which nobody reads, until they are released.
-        columns = max(limits, default=0) + 1
+        columns = max(limits) + 1
         self.limit = torch.tensor(limits, dtype=torch.long, device=device)  # tokens a row may have
         self.uniform = torch.zeros(len(limits), columns, device=device)
         self.logprobs = torch.zeros_like(self.uniform)
@@ -853,7 +852,6 @@ class Sampler:
         self.step(slots, length)  # as it is; also the warm-up that a capture needs
         if length - self.longest < 16:  # steps until the next bucket: a capture would not pay
             return
-        stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
@@ -862,7 +860,7 @@ class Sampler:
             self.pool = graph.pool()
         except RuntimeError as error:  # a model that waits for the device, say
             self.use_graphs = False
-            torch.cuda.set_stream(stream)
+            torch.cuda.set_stream(torch.cuda.default_stream())
             print(f"no CUDA graphs, so sampling is slow: {error}", file=sys.stderr)
 
     def step(self, slots: int, length: int):
@@ -899,19 +897,6 @@ class Sampler:
         self.position[staying:] = 0
         if done and staying:
             self.longest = int(self.position.max())
-
-    def completions(self) -> list[Completion]:
-        """What was drawn, row by row."""
-        name, stops = self.model.name_or_path, set(self.stop_ids.tolist())
-        counts = (self.tokens[:, :-1] >= 0).sum(dim=1).tolist()
-        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
-        completions = []
-        for row, count in enumerate(counts):
-            finite = math.isfinite(sum(logprobs[row][:count]))
-            require(finite, f"model {name}: its outputs are not finite numbers")
-            finished = tokens[row][count - 1] in stops
-            completions.append(Completion(tokens[row][:count], logprobs[row][:count], finished))
-        return completions
 
     def copy_slots(self, pairs: list[tuple[int, int]]):
         """Copy (source, target) slots: their state and the part of the cache that is in use."""
@@ -1320,7 +1305,6 @@ def judge_answer(text, gold, fallback=False):
 
 
 # ================================================================================ models, problems
-#
 # Loading language models and data sets, and talking to a model in its own form: chat template, stop
 # tokens, token ids and text. What would go wrong later is refused here. A reader may skip this.
 
@@ -1348,36 +1332,31 @@ def encode_problems(lm: LM, problems: list[Problem], prompt: str, new_tokens: in
     fitting = [task for task in tasks if len(task[1]) + new_tokens <= lm.context]
     room = f"context of {lm.context} tokens, no prompt with {new_tokens} more fits"
     require(fitting, f"model {lm.model.name_or_path}: {room}; try --max-new-tokens")
-    if len(fitting) < len(tasks):
-        print(f"{len(tasks) - len(fitting)} of {len(tasks)} problems left out: too long")
     return fitting
 
 
 def draw_problems(tasks: list, count: int, seed: int, step: int) -> list:
     """The problems of a step, a function of (seed, step): permutations of the data, end to end."""
-    drawn = []
-    for place in range(step * count, (step + 1) * count):
-        epoch, index = divmod(place, len(tasks))
-        drawn.append(tasks[rng(seed, DATA, epoch).permutation(len(tasks))[index]])
-    return drawn
+    places = range(step * count, (step + 1) * count)
+    epochs = [rng(seed, DATA, place // len(tasks)).permutation(len(tasks)) for place in places]
+    return [tasks[epoch[place % len(tasks)]] for epoch, place in zip(epochs, places, strict=True)]
 
 
 def encode_prompt(lm: LM, question: str | list[dict], prompt: str = PROMPT) -> list[int]:
     """The question, or a list of messages, in the model's own form, as token ids: its chat
     template, with thinking switched off where it can be, or "Question: ... Answer:" where it has
     none. BOS exactly once, or never, as the tokenizer wants."""
-    messages = question
+    tokenizer, messages = lm.tokenizer, question
     if isinstance(question, str):
         messages = [{"role": "user", "content": prompt.replace("{question}", question)}]
     text = f"Question: {messages[-1]['content']}\nAnswer:"
-    if lm.tokenizer.chat_template:
+    if tokenizer.chat_template:
         how = {"add_generation_prompt": True, "enable_thinking": False}
-        text = lm.tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    ids = lm.tokenizer.encode(text, add_special_tokens=False)
-    bos = lm.tokenizer.bos_token_id
-    if bos in lm.tokenizer.encode("") and ids[:1] != [bos]:  # wanted, and not in the template
-        ids = [bos, *ids]
-    return ids
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    wants_bos = bos in tokenizer.encode("") and ids[:1] != [bos]  # and the template has none
+    return [bos, *ids] if wants_bos else ids
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -1396,16 +1375,14 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     path = name
     if not Path(name).is_dir():
         use_cache_if_offline()
-        if name.startswith("Qwen") and "/" not in name:
-            path = f"Qwen/{name}"
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    loading = {"dtype": dtype, "output_loading_info": True}
+        path = f"Qwen/{name}" if re.match("Qwen[^/]*$", name) else name
+    how = {"dtype": torch.float32, "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model, report = AutoModelForCausalLM.from_pretrained(path, **loading)
+        model, report = AutoModelForCausalLM.from_pretrained(path, **how)
     except Exception as error:  # unknown, unreachable, damaged, not a language model, ...
         raise UserError(f"model {name}: no such folder or hub model, or damaged: {error}") from None
-    model = model.to(device).eval()
+    model.eval()
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 2**30
     lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context)
@@ -1417,7 +1394,11 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     require(lm.vocab_size <= rows, f"model {name}: more tokens than embeddings")
     if getattr(config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # sdpa drops it in older transformers
-    check_model(lm)
+    check_model(lm)  # while it is on the CPU and in fp32
+    if device.startswith("cuda"):
+        for weight in model.parameters():  # not the buffers: rotary frequencies need fp32
+            weight.data = weight.data.bfloat16()
+    model.to(device)
     return lm
 
 
@@ -1465,8 +1446,8 @@ def head_logits(model, states: torch.Tensor) -> torch.Tensor:
 def check_model(lm: LM):
     """Refuse a model that we would serve wrongly: attention sinks, ALiBi, latent or shared keys,
     state spaces, unknown heads. They show in a number computed in three ways: the log-probabilities
-    of a few tokens by the sampler, by the trainer, and by the model's own plain forward. All in
-    fp32, where they agree to rounding."""
+    of a few tokens by the sampler, by the trainer, and by the model's own plain forward. In fp32
+    they agree to rounding."""
     config = lm.model.config.get_text_config()
     message = f"model type {config.model_type} is not served: attention or head of an unusual kind"
     layers = set(getattr(config, "layer_types", None) or [])
@@ -1475,25 +1456,18 @@ def check_model(lm: LM):
     rope = getattr(config, "rope_parameters", None) or {}
     require(rope.get("rope_type") not in ("longrope", "dynamic"), message)
     prompt = [i % lm.vocab_size for i in range(8)]
-    weights = [(weight, weight.data) for weight in lm.model.parameters()]
-    for weight, data in weights:
-        weight.data = data.float()
     try:
         [c] = generate(lm.model, [prompt], max_new_tokens=4, vocab_size=lm.vocab_size, seed=0)
         rollout = Rollout(None, prompt, c.tokens, c.logprobs, True, "")
-        trained, _ = completion_logprobs(lm, [rollout])
+        trained = completion_logprobs(lm, [rollout])[0]
         ids = torch.tensor([prompt + c.tokens], device=lm.model.device)
         logits = lm.model(input_ids=ids, use_cache=False).logits[0, 7:-1, : lm.vocab_size]
         plain = logits.float().log_softmax(-1).gather(1, ids[0, 8:, None]).squeeze(1)
         ours = torch.stack([plain.new_tensor(c.logprobs), trained])
         served = ((ours - plain).abs() < 1e-3).all()
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # says something about the machine, not about the model
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
         served = False
     require(served, message)
-    for weight, data in weights:
-        weight.data = data
 
 
 # Short names of data sets: hub id and configuration.
@@ -1517,8 +1491,8 @@ def load_problems(source: str, split=None, limit=None, prefer: str = "train") ->
     require(good, f"{source}: holds no list of objects")
     questions = [name for name in ("question", "problem", "prompt") if name in rows[0]]
     answers = [name for name in ("answer", "solution") if name in rows[0]]
-    needs = "needs a column question, problem or prompt and a column answer or solution; it has"
-    require(questions and answers, f"{source}: {needs} {', '.join(map(str, rows[0]))}")
+    needs = f"{source}: needs a column question, problem or prompt, and one answer or solution"
+    require(questions and answers, f"{needs}; it has {', '.join(map(str, rows[0]))}")
     problems = []
     for number, row in enumerate(rows[: limit or None], 1):
         cells = [row.get(questions[0]), row.get(answers[0])]
@@ -1558,7 +1532,6 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
 
 
 # =================================================================================== a run on disk
-#
 # runs/NAME/: config.json, metrics.jsonl (a line a step), rollouts.jsonl (a group a step),
 # checkpoints/step-000100/, final/. Killed at any moment, a run goes on from its last checkpoint as
 # if nothing had happened; its logs have no gap and no line twice. A reader may skip this.
@@ -1572,23 +1545,20 @@ class Run:
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
         self.signal = 0  # that asks us to stop
+        new = not self.folder.exists()
+        require(resume or new, f"{self.folder}: exists; another --out, or --resume {self.folder}")
         if resume:
             self.claim()
-        else:  # a folder that is there may be left by a run that died at its first moment
-            free = self.folder.is_dir() and not any(self.folder.glob("[!.]*"))
-            free = free or not self.folder.exists()
-            require(free, f"{self.folder}: exists; another --out, or --resume {self.folder}")
         self.checkpoint = max(self.checkpoints.glob("step-*[0-9]"), default=None)
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
         lost = not self.checkpoint and (self.folder / "final").exists()
         require(not lost, f"{self.folder}: is finished, but its checkpoints are gone")
 
     def claim(self):
-        """The lock goes with the process, however that ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:
-            self.lock.acquire()
+            self.lock.acquire()  # until this process ends, however it does
         except filelock.Timeout:
             raise UserError(f"{self.folder}: another run is writing there") from None
 
@@ -1605,23 +1575,18 @@ class Run:
             self.claim()
         write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
         for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
-            kept = ""
-            for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
-                step = re.match(r'\{"step": (\d+),.*\n', line)  # None: torn by a crash
-                if step and int(step[1]) <= self.start:
-                    kept += line
-            write_file(log, kept)
-        self.handle_signals(self.note_signal, self.note_signal)
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            steps = [re.match(r'\{"step": (\d+),.*\n', line) for line in lines]  # None: torn
+            kept = sum(bool(step) and int(step[1]) <= self.start for step in steps)
+            write_file(log, "".join(lines[:kept]))
+        with contextlib.suppress(ValueError):  # only the main thread has a say
+            signal.signal(signal.SIGINT, self.note_signal)
+            signal.signal(signal.SIGTERM, self.note_signal)
 
     def note_signal(self, number, frame):
         """Ctrl-C or SIGTERM: the step ends and is saved first. A second one stops at once."""
         self.signal = number
-        self.handle_signals(signal.SIG_DFL, signal.SIG_DFL)
-
-    def handle_signals(self, interrupt, terminate):
-        with contextlib.suppress(ValueError):  # only the main thread has a say
-            signal.signal(signal.SIGINT, interrupt)
-            signal.signal(signal.SIGTERM, terminate)
+        signal.signal(number, signal.SIG_DFL)
 
     def log(self, metrics: dict, rollouts: list[Rollout]):
         """A line of metrics, and rollouts to read."""
@@ -1645,7 +1610,6 @@ class Run:
 
     def finish(self, generator: LM) -> Path:
         """Write the trained model; returns its folder."""
-        self.handle_signals(signal.default_int_handler, signal.SIG_DFL)
         final = self.folder / "final"
         with complete_folder(final) as folder:
             save_lm(generator, folder)
@@ -1675,7 +1639,6 @@ def write_file(path: Path, text: str):
 
 
 # ======================================================================================= reporting
-#
 # The metrics of a step, and now and then a group of rollouts to read.
 
 
@@ -1761,7 +1724,6 @@ def printable(text: str) -> str:
 
 
 # =================================================================================== the tiny task
-#
 # `python rltr.py` makes two tiny models and a task in the cache folder, once a seed; from there on
 # they are models and data like any other. A problem is a chain of five operations modulo 7, and the
 # answer says only whether the result is odd: guessing pays half the time, so a right answer says
@@ -1799,11 +1761,10 @@ def tiny_tokenizer():
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return tokenizer
+    control = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    how = {"tokenizer_object": core, "chat_template": template}
+    return transformers.PreTrainedTokenizerFast(**how, **control)
 
 
 def warm_start(folder: Path, width: int, steps: int, flaws: float, seed: int):
@@ -1827,8 +1788,7 @@ def warm_start(folder: Path, width: int, steps: int, flaws: float, seed: int):
             question, chain, _ = tiny_problem(source, flaws)
             tokens = [*tokenizer.encode(chain), eos]
             batch.append(Rollout(None, tokenizer.encode(question), tokens, [], True, chain))
-        logprobs, _ = completion_logprobs(lm, batch)
-        (-logprobs.mean()).backward()
+        (-completion_logprobs(lm, batch)[0].mean()).backward()
         optimizer.step(max_norm=1.0)
         schedule.step()
     save_lm(lm, folder)
@@ -1855,7 +1815,6 @@ def make_tiny(seed: int) -> Path:
 
 
 # ==================================================================================== command line
-#
 # Settings come from the command line, from an earlier run's config.json, or from a caller of
 # `train`; all pass `resolve` before anything is loaded.
 
@@ -1877,21 +1836,21 @@ def resolve(config: Config) -> Config:
     require(rewarded, "all reward weights are 0")
     try:
         torch.zeros(1, device=config.device)
+        if config.device.startswith("cuda"):
+            torch.cuda.set_device(config.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {config.device}: there is none ({error})") from None
-    if config.device.startswith("cuda"):
-        torch.cuda.set_device(config.device)
     named = {name: getattr(config, name) for name in ("model", "receiver", "data", "eval_data")}
     if any("{tiny}" in path for path in named.values()):
         tiny = str(make_tiny(config.seed))
         named = {name: path.replace("{tiny}", tiny) for name, path in named.items()}
-    out, number = config.out, 1
-    while not out or not config.out and Path(out).exists():
-        kind = "rltr" if config.transfer_weight > 0 else "rlvr"
-        out = f"runs/{Path(named['model']).name}-{kind}-seed{config.seed}"
-        out += f"-{number}" if number > 1 else ""
+    kind = "rltr" if config.transfer_weight > 0 else "rlvr"
+    name = f"runs/{Path(named['model']).name}-{kind}-seed{config.seed}"
+    number = 1
+    while not config.out and Path(name).exists():
         number += 1
-    return dataclasses.replace(config, **named, out=out)
+        name = f"{name.removesuffix(f'-{number - 1}')}-{number}"
+    return dataclasses.replace(config, **named, out=config.out or name)
 
 
 class Parser(argparse.ArgumentParser):
