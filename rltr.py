@@ -14,23 +14,27 @@ in the first third of the file. What they are made of stands below and may be sk
     4  z ~ M(. | x, prefix)                       the receiver goes on          continue_cuts
     5  R_trans = mean_K 1[answer(prefix+z) = g]   was it transferable?          score_transfer
     6  R = a R_ans + b R_trans + c R_fmt          b = 0 is RLVR                 combine_rewards
-    7  A = (R - mean_group) / (std_group + eps)   against its own group         group_advantages
+    7  A = (R - mean_group) / (std_group + eps)   against its own group         assign_advantages
     8  ascend 1/T sum min(rho A, clip(rho) A)     policy gradient (GRPO)        update
+
+x is a problem, g its right answer, pi the generator, M the receiver, |y| tokens without the stop
+token. R_fmt: y stopped by itself and has an answer. rho = pi / pi_sampling of a token, T the number
+of tokens that the sum runs over.
 
 The paper's: steps 1-7 with K = 1, R = a R_ans + b R_trans + R_fmt (format with weight 1), GRPO, one
 frozen receiver, tau uniform with floor, binary rewards. We do not know its a, b, models, learning
 rate, group size and receiver decoding. Ours, each of them a flag or one function:
   1. a = b = 1, and c = 0.1 where the paper has 1; models, lr and sizes as in `Config`.
-  2. The receiver samples at temperature 1. It may write what the generator had left of its budget
-     plus a margin (64 tokens); a prefix that is too long for its context scores 0.
-  3. The loss is one token mean over the whole batch (T in step 8), clipped at 0.8 and 1.28, with
-     no KL penalty. AdamW has betas (0.9, 0.99) and no weight decay; warm-up, then a constant lr.
+  2. The receiver samples at temperature 1. It may write as many tokens as the generator had left
+     of --max-new-tokens, plus a margin of 64; a prefix that is too long for its context scores 0.
+  3. The loss is one token mean over the whole batch, clipped at 0.8 and 1.28, with no KL penalty.
+     AdamW has betas (0.9, 0.99) and no weight decay; linear warm-up, then a constant lr.
   4. Groups whose rewards are all equal hold no information: they leave the update and T.
   5. `--cuts K` averages K independent cuts and continuations: a denser, dearer R_trans.
-  6. The stop token is stripped before the cut, so that tau = 1 still leaves the receiver a turn.
-  7. The answer is looked for in prefix and continuation together: that is the text the receiver
-     signs. So a prefix that holds a boxed answer already earns what that answer is worth, unless
-     the receiver boxes another. Such cuts are counted as `leak`.
+  6. The stop token is stripped before the cut: with it the receiver's turn would end at tau = 1.
+  7. The answer is looked for in prefix and continuation together, as in a text of one author. So a
+     prefix that holds an answer already earns what that answer is worth, unless the receiver gives
+     another. Such cuts are counted as `leak`; `transfer_unleaked` is the transfer of the others.
 
     python rltr.py                                    # built-in tiny models: any laptop, no network
     python rltr.py --transfer-weight 0                # the same task with the answer reward alone
@@ -90,7 +94,9 @@ class Config:
     """All settings of a run, in one flat record."""
 
     model: str = option("", "generator: a folder or hub name; empty: the built-in tiny task")
-    receiver: str = option("Qwen2.5-1.5B-Instruct", "frozen receiver: a folder, hub name or 'self'")
+    receiver: str = option(
+        "Qwen2.5-1.5B-Instruct", "frozen receiver: folder, hub name, self (as at start)"
+    )
     data: str = option("math", "gsm8k, math, math500, aime24, amc23, a hub id, or a local file")
     split: str = option("", "split of a hub data set; empty: its training split")
     limit: int = option(0, "use only the first N problems (0: all)", 0)
@@ -118,7 +124,7 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 1e-6)
     epochs: int = option(1, "passes over a batch; 1 with 1 minibatch is on-policy", 1, 1000)
     minibatches: int = option(1, "optimizer steps a pass", 1, 1000)
-    # -- memory: none of these changes what is computed
+    # -- memory: none of these changes what is computed, but for rounding
     token_budget: int = option(0, "padded tokens in a micro-batch (0: what fits the memory)", 0)
     max_rows: int = option(0, "rows in the KV cache at once (0: what fits the memory)", 0)
     gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory")
@@ -133,8 +139,8 @@ class Config:
     eval_k: int = option(64, "completions a problem in that table", 1, 1e6)
 
 
-# With no --model, these replace the fields that the user did not set. {tiny} is the folder of the
-# built-in task; see `make_tiny`.
+# With no --model, these replace the fields that the user did not set. {tiny}: the folder that
+# `make_tiny` makes. b = 2 was chosen for this task.
 TINY = {"model": "{tiny}/generator", "receiver": "{tiny}/receiver", "device": "cpu"}
 TINY |= {"data": "{tiny}/train.jsonl", "eval_data": "{tiny}/test.jsonl", "prompt": "{question}"}
 TINY |= {"max_new_tokens": 32, "receiver_margin": 4, "steps": 150, "lr": 5e-4}
@@ -160,7 +166,8 @@ def require(condition, message: str):
 
 # ======================================================================================== records
 # One Rollout carries everything that is known of a completion, from the prompt to the advantage.
-# The steps below fill it in, field by field; nothing in it is ever overwritten.
+# The steps below fill it in, field by field. A batch is a flat list of rollouts: the G of the first
+# problem, the G of the second, ...
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,7 @@ class Rollout:
     logprobs: list[float]  # under the policy that sampled them: pi_sampling in step 8
     finished: bool
     text: str
-    verdict: str = ""  # of the answer: right, wrong, missing, unparsed
+    verdict: str = ""  # on the answer: right, wrong, missing, or unparsed (wrong, too)
     cuts: list[Cut] = field(default_factory=list)
     rewards: dict[str, float] = field(default_factory=dict)  # the raw ones, by name
     reward: float = 0.0  # their weighted sum
@@ -221,62 +228,56 @@ class Rollout:
 
 
 def grouped(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
-    """The rollouts of each problem. They stand side by side, `group` of them a problem."""
+    """The rollouts of a batch, problem by problem."""
     return [rollouts[i : i + group] for i in range(0, len(rollouts), group)]
 
 
 # ======================================================================================= training
-# The algorithm. `train` is what to read first; steps 1-7 and step 8 follow it.
+# The algorithm. `train` is what to read first; the steps follow it in their order.
 
 
 def train(config: Config, resume: bool = False) -> Path:
     """Run RLTR, or RLVR where transfer_weight is 0; returns the folder of the trained model."""
     config = resolve(config)
-    run = Run(config, resume)
-    generator, receiver, tasks = load_everything(config, run.checkpoint)
-    optimizer = MasterAdamW(generator.model, config.lr, config.weight_decay, config.offload)
-    run.begin(optimizer)
-    if generator.model.device.type == "cuda":
-        budget = find_token_budget(generator, optimizer, tasks, config)
-        config = dataclasses.replace(config, token_budget=budget)
+    with Run(config, resume) as run:
+        generator, receiver, tasks = load_everything(config, run.checkpoint)
+        optimizer = MasterAdamW(generator.model, config.lr, config.weight_decay, config.offload)
+        run.begin(optimizer)
+        if generator.model.device.type == "cuda":
+            budget = find_token_budget(generator, optimizer, tasks, config)
+            config = dataclasses.replace(config, token_budget=budget)
 
-    bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps)
-    for step in bar:
-        clock = Clock()
-        lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))  # linear warm-up
-        optimizer.adam.param_groups[0]["lr"] = lr
-        batch = draw_problems(tasks, config.prompts, config.seed, step)
+        bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps)
+        for step in bar:
+            clock = Clock()
+            lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))  # linear warm-up
+            optimizer.adam.param_groups[0]["lr"] = lr
+            batch = draw_problems(tasks, config.prompts, config.seed, step)
 
-        rollouts = sample_rollouts(generator, batch, config, step)  # 1
-        clock.lap("sample", sum(len(r.tokens) for r in rollouts))
-        score_answers(rollouts)  # 2
-        if receiver is not None:
-            uniform = rng(config.seed, CUT, step).random((len(rollouts), config.cuts))
-            cut_rollouts(rollouts, generator, taus=1 - uniform)  # 3: [0, 1) -> (0, 1]
-            continue_cuts(rollouts, generator, receiver, config, (CONTINUATION, step))  # 4
-            score_transfer(rollouts)  # 5
-            clock.lap("transfer", sum(c.continuation_length for r in rollouts for c in r.cuts))
-        combine_rewards(rollouts, config)  # 6
-        rewards = [[r.reward for r in group] for group in grouped(rollouts, config.group)]
-        advantages = group_advantages(rewards, config.normalize_std)  # 7
-        for rollout, advantage in zip(rollouts, advantages.flatten().tolist(), strict=True):
-            rollout.advantage = advantage
-        learned = update(generator, optimizer, rollouts, config)  # 8
-        clock.lap("update", sum(len(r.tokens) for r in rollouts))
+            rollouts = sample_rollouts(generator, batch, config, step)  # 1
+            clock.lap("sample")
+            score_answers(rollouts, config)  # 2
+            if receiver is not None:  # b > 0
+                taus = draw_taus(len(rollouts), config, step)
+                cut_rollouts(rollouts, generator, taus)  # 3
+                continue_cuts(rollouts, generator, receiver, config, (CONTINUATION, step))  # 4
+                score_transfer(rollouts)  # 5
+                clock.lap("transfer")
+            combine_rewards(rollouts, config)  # 6
+            assign_advantages(rollouts, config)  # 7
+            learned = update(generator, optimizer, rollouts, config)  # 8
+            clock.lap("update")
 
-        metrics = {"step": step + 1, "lr": lr, **summarize(rollouts, config), **learned}
-        metrics |= clock.metrics
-        run.log(metrics, rollouts[: config.group])
-        report(bar, metrics, rollouts, config)
-        run.save_if_due(generator, optimizer, step + 1)
-    return run.finish(generator)
-
-
-# ------------------------------------------------------------------- steps 1 and 2: sample, answer
+            metrics = {"step": step + 1, "lr": lr, **summarize(rollouts, config), **learned}
+            metrics |= clock.metrics(rollouts)
+            run.log(metrics, rollouts[: config.group])  # of the rollouts a group, to read
+            report(bar, metrics, rollouts, config)
+            run.save_if_due(generator, optimizer, step + 1)
+        return run.finish(generator)
 
 
 def sample_rollouts(generator: LM, tasks: list, config: Config, step: int) -> list[Rollout]:
-    """Step 1: G completions of each problem, side by side, y ~ pi(. | x).
+    """Step 1: G completions of each problem, y ~ pi(. | x).
 
     Tasks are pairs of a problem and its prompt in token ids. Sampled is from the full softmax (no
     top-k, no top-p), for the loss speaks of that distribution."""
@@ -299,18 +300,15 @@ def sample_rollouts(generator: LM, tasks: list, config: Config, step: int) -> li
     return rollouts
 
 
-def score_answers(rollouts: list[Rollout]):
+def score_answers(rollouts: list[Rollout], config: Config):
     """Step 2: R_ans = 1[answer(y) = g]. And R_fmt = 1[y stopped by itself and has an answer].
 
-    A reward of your own starts here: compute rewards["name"], weight it in `combine_rewards`."""
+    A reward of your own: compute rewards["name"] here, and add the field name_weight to Config."""
     for rollout in rollouts:
         rollout.verdict = judge_answer(rollout.text, rollout.problem.answer)
         has_answer = rollout.verdict != "missing"
         rollout.rewards["answer"] = float(rollout.verdict == "right")
         rollout.rewards["format"] = float(rollout.finished and has_answer)
-
-
-# ----------------------------------------------- steps 3 to 5: the transfer reward, RLTR's own part
 
 
 def cut_prefix(tokens: list[int], tau: float, stop_ids=()) -> list[int]:
@@ -327,10 +325,16 @@ def cut_prefix(tokens: list[int], tau: float, stop_ids=()) -> list[int]:
     return tokens[: math.floor(tau * length)]
 
 
-def cut_rollouts(rollouts: list[Rollout], generator: LM, taus):
-    """Step 3: cut each rollout at its taus [rollouts, K], numbers in (0, 1].
+def draw_taus(count: int, config: Config, step: int) -> np.ndarray:
+    """K places to cut for each of `count` rollouts, [count, K]: tau ~ U(0, 1]."""
+    uniform = rng(config.seed, CUT, step).random((count, config.cuts))  # in [0, 1)
+    return 1 - uniform
 
-    To cut elsewhere, at the end of a sentence say, shorten `prefix`."""
+
+def cut_rollouts(rollouts: list[Rollout], generator: LM, taus):
+    """Step 3: cut each rollout at its taus [rollouts, K].
+
+    To cut elsewhere, at the end of a sentence say, drop tokens from `prefix` and decode again."""
     for rollout, its_taus in zip(rollouts, taus, strict=True):
         rollout.cuts = []
         for tau in its_taus:
@@ -340,32 +344,28 @@ def cut_rollouts(rollouts: list[Rollout], generator: LM, taus):
             rollout.cuts.append(Cut(float(tau), len(prefix), text, leaked))
 
 
-def continue_cuts(rollouts: list, generator: LM, receiver: LM, config: Config, stream: tuple):
+def continue_cuts(rollouts: list, generator: LM, receiver: LM, config: Config, key: tuple):
     """Step 4: the frozen receiver goes on from every cut, z ~ M(. | x, prefix).
 
-    The receiver reads the question in its own chat template, then the prefix as if it had written
-    that itself, and writes on. `stream` are the keys of its random numbers, beside the seed: a
-    second receiver needs other ones."""
+    `key` is that of its random numbers, beside the seed: a second receiver needs another."""
     waiting, prompts, budgets = [], [], []
     same_tokens = generator.tokenizer.get_vocab() == receiver.tokenizer.get_vocab()
-    question, question_ids = None, []
     for rollout in rollouts:
-        if rollout.problem.question != question:  # the rollouts of a problem stand side by side
-            question = rollout.problem.question
-            question_ids = encode_prompt(receiver, question, config.prompt)
+        question = encode_prompt(receiver, rollout.problem.question, config.prompt)
         for cut in rollout.cuts:
-            if same_tokens:
-                prefix = rollout.tokens[: cut.prefix_length]
-            else:
+            # The receiver reads the question in its own form, then the prefix as if it had written
+            # that. In the same vocabulary it gets the very tokens, else the text.
+            prefix = rollout.tokens[: cut.prefix_length]
+            if not same_tokens:
                 prefix = encode_text(receiver.tokenizer, cut.prefix)
-            room = receiver.context - len(question_ids) - len(prefix)
+            room = receiver.context - len(question) - len(prefix)
+            left = config.max_new_tokens - cut.prefix_length + config.receiver_margin
             if room < 1:
                 cut.overflow = True
-                continue
-            left = config.max_new_tokens - cut.prefix_length  # of the generator's own budget
-            waiting.append((cut, prefix))
-            prompts.append(question_ids + prefix)
-            budgets.append(min(room, max(1, left + config.receiver_margin)))
+            else:
+                waiting.append((cut, prefix))
+                prompts.append(question + prefix)
+                budgets.append(min(room, max(1, left)))
 
     completions = generate(
         receiver.model,
@@ -375,7 +375,7 @@ def continue_cuts(rollouts: list, generator: LM, receiver: LM, config: Config, s
         stop_ids=receiver.stop_ids,
         vocab_size=receiver.vocab_size,
         max_rows=config.max_rows,
-        seed=(config.seed, *stream),
+        seed=(config.seed, *key),
     )
     for (cut, prefix), completion in zip(waiting, completions, strict=True):
         # Decoded together: a token's text depends on what is before it. (SentencePiece drops the
@@ -397,20 +397,24 @@ def score_transfer(rollouts: list[Rollout]):
         rollout.rewards["transfer"] = right / len(rollout.cuts)
 
 
-# ------------------------------------------------------------- steps 6 and 7: rewards to advantages
-
-
 def combine_rewards(rollouts: list[Rollout], config: Config):
-    """Step 6: R = a R_ans + b R_trans + c R_fmt. Another reward needs its weight here."""
-    a, b, c = config.answer_weight, config.transfer_weight, config.format_weight
-    weights = {"answer": a, "transfer": b, "format": c}
+    """Step 6: R = a R_ans + b R_trans + c R_fmt; the weight of a reward is its NAME_weight."""
     for rollout in rollouts:
-        rollout.reward = sum(weights[name] * value for name, value in rollout.rewards.items())
+        rollout.reward = 0.0
+        for name, value in rollout.rewards.items():
+            rollout.reward += getattr(config, f"{name}_weight") * value
+
+
+def assign_advantages(rollouts: list[Rollout], config: Config):
+    """Step 7: how much better a rollout was than the others of its group."""
+    rewards = [[rollout.reward for rollout in group] for group in grouped(rollouts, config.group)]
+    advantages = group_advantages(rewards, config.normalize_std)  # [P, G]
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist(), strict=True):
+        rollout.advantage = advantage
 
 
 def group_advantages(rewards, normalize_std: bool = True) -> torch.Tensor:
-    """Step 7: A_i = (R_i - mean) / (std + 1e-6) within each group; [P, G] -> [P, G] in float64.
-
+    """A_i = (R_i - mean) / (std + 1e-6) within each group; [P, G] -> [P, G] in float64.
     std is the population's. Where all rewards of a group are equal, A is exactly 0: else the
     rounding error of the mean, divided by a tiny std, would pass for a signal.
 
@@ -437,19 +441,14 @@ def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
     return [rows for rows in grouped(rollouts, group) if any(r.advantage != 0 for r in rows)]
 
 
-# ---------------------------------------------------------------------- step 8: the policy gradient
-
-
 def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: float) -> torch.Tensor:
     """Step 8 for each token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A). All [N].
-
     rho = pi / pi_sampling, the probability of a sampled token now over what it was when it was
-    sampled. With one optimizer step a batch (the default) nothing has changed in between: rho is 1,
-    its gradient is that of log pi, and the clip does nothing. It acts with --epochs or
-    --minibatches, where it takes away the incentive to move further than that from pi_sampling.
+    sampled. With one optimizer step a batch (the default) nothing has changed in between: rho is 1
+    up to rounding, its gradient is that of log pi, and the clip does nothing. It acts with --epochs
+    or --minibatches, where it takes away the incentive to move far from pi_sampling.
 
-    The mean over a batch is ~0 at every start, as the advantages of a group sum to 0: watch the
-    rewards, not the loss."""
+    Watch the rewards, not this: at rho = 1 its mean is that of A, whatever was learnt."""
     rho = torch.exp(logp - old_logp)
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(rho * advantage, clipped * advantage)
@@ -458,8 +457,8 @@ def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: floa
 def update(generator: LM, optimizer: MasterAdamW, rollouts: list[Rollout], config: Config) -> dict:
     """Step 8: ascend the token mean of the objective over all groups that are not dead.
 
-    One optimizer step, or `epochs` passes of `minibatches` steps. Returns metrics; they are None
-    where all groups were dead or a gradient was not finite (that step is skipped)."""
+    One optimizer step, or `epochs` passes of `minibatches` steps, each with a T of its own. Returns
+    metrics: None where all groups were dead or a gradient was not finite (no step is made then)."""
     live = live_groups(rollouts, config.group)
     token_figures, norms = [], []
     for _ in range(config.epochs):
@@ -471,6 +470,7 @@ def update(generator: LM, optimizer: MasterAdamW, rollouts: list[Rollout], confi
                 norms.append(optimizer.step(config.max_grad_norm))
 
     metrics = dict.fromkeys(["objective", "entropy", "clip_share", "approx_kl", "grad_norm"])
+    metrics |= {"logprob_gap_mean": None, "logprob_gap_max": None}
     metrics["skipped"] = sum(not math.isfinite(norm) for norm in norms)
     if norms and not metrics["skipped"]:
         objective, entropy, log_rho = torch.cat(token_figures, dim=1).double()  # each [N]
@@ -491,7 +491,7 @@ def add_gradient(generator: LM, rollouts: list[Rollout], config: Config) -> list
 
     T counts the completion tokens of all `rollouts`, stop tokens included, so the gradient does not
     depend on the micro-batches. Returns what happened in each: objective, entropy and log rho of
-    its tokens, as a tensor [3, N]."""
+    its tokens, as a tensor [3, N]. The optimizer's step uses the gradient and clears it."""
     for module in generator.model.modules():
         # No dropout, as when sampling; but gradient checkpointing only works in training mode.
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -726,15 +726,9 @@ def generate(
             sampler.release()
     finally:
         model.train(training_before).set_attn_implementation(attention_before)
-
-    counts = (sampler.tokens[:, :-1] >= 0).sum(dim=1).tolist()
-    tokens, logprobs = sampler.tokens.tolist(), sampler.logprobs.tolist()
-    completions = []
-    for row, count in enumerate(counts):
-        finite = math.isfinite(sum(logprobs[row][:count]))
-        require(finite, f"model {model.name_or_path}: its outputs are not finite numbers")
-        finished = tokens[row][count - 1] in stop_ids
-        completions.append(Completion(tokens[row][:count], logprobs[row][:count], finished))
+    completions = sampler.completions()
+    finite = all(math.isfinite(sum(c.logprobs)) for c in completions)
+    require(finite, f"model {model.name_or_path}: its outputs are not finite numbers")
     return completions
 
 
@@ -758,6 +752,8 @@ class Sampler:
     Slots 0 .. active - 1 are at work. The KV cache of a layer is K and V, each [capacity + 1,
     kv_heads, length, head_dim]; length is that of the longest row, prompt and completion. Its last
     slot is the *parked prompt*: the newest prompt, for its samples that still wait for a slot."""
+
+    graphs_work = True  # until one fails
 
     def __init__(self, model, prompts, limits, capacity, length, temperature, stop_ids, vocab_size):
         device = model.device
@@ -786,7 +782,7 @@ class Sampler:
         self.longest = 0  # tokens in the cache of the longest active row
         self.cache = {}  # layer -> (K, V)
         self.parked = None  # the parked prompt
-        self.use_graphs = device.type in GRAPH_DEVICES
+        self.use_graphs = device.type in GRAPH_DEVICES and Sampler.graphs_work
         self.graphs = {}  # (slots, length) -> CUDA graph
         self.pool = None  # memory that the graphs share, as one runs at a time
 
@@ -820,15 +816,15 @@ class Sampler:
 
     def prefill(self, prompts: list[tuple[int, list[int]]]):
         """Read prompts (slot, tokens), the longest first, into the cache, several in a forward."""
-        waiting = [(slot, tokens) for slot, tokens in prompts if tokens]
-        while waiting:
-            count = max(1, PREFILL_TOKENS // len(waiting[0][1]))
-            batch, waiting = waiting[:count], waiting[count:]
-            slots = torch.tensor([slot for slot, _ in batch], device=self.model.device)
-            ids = pad_sequence([torch.tensor(tokens) for _, tokens in batch], batch_first=True)
-            ids = ids.to(slots.device)  # [B, T], padded on the right
+        prompts = [(slot, tokens) for slot, tokens in prompts if tokens]
+        while prompts:
+            count = max(1, PREFILL_TOKENS // len(prompts[0][1]))
+            slots = torch.tensor([slot for slot, _ in prompts[:count]], device=self.slot.device)
+            ids = [torch.tensor(tokens) for _, tokens in prompts[:count]]
+            ids = pad_sequence(ids, batch_first=True).to(slots.device)  # [B, T]
             attend = functools.partial(self.attend_in_prompts, slots)
             self.model.base_model(input_ids=ids, use_cache=False, attend=attend)
+            prompts = prompts[count:]
 
     def advance(self):
         """A step of all active slots; on a GPU eight, for looking at the result is to wait."""
@@ -859,7 +855,7 @@ class Sampler:
             self.graphs[slots, length] = graph
             self.pool = graph.pool()
         except RuntimeError as error:  # a model that waits for the device, say
-            self.use_graphs = False
+            Sampler.graphs_work = self.use_graphs = False
             torch.cuda.set_stream(torch.cuda.default_stream())
             print(f"no CUDA graphs, so sampling is slow: {error}", file=sys.stderr)
 
@@ -898,6 +894,13 @@ class Sampler:
         if done and staying:
             self.longest = int(self.position.max())
 
+    def completions(self) -> list[Completion]:
+        """What was drawn, row by row."""
+        counts = (self.tokens[:, :-1] >= 0).sum(dim=1).tolist()
+        rows = zip(counts, self.tokens.tolist(), self.logprobs.tolist(), strict=True)
+        stops = set(self.stop_ids.tolist())
+        return [Completion(t[:n], logprobs[:n], t[n - 1] in stops) for n, t, logprobs in rows]
+
     def copy_slots(self, pairs: list[tuple[int, int]]):
         """Copy (source, target) slots: their state and the part of the cache that is in use."""
         if pairs:
@@ -908,24 +911,22 @@ class Sampler:
                 for tensor in layer_cache:
                     tensor[targets, :, : self.longest] = tensor[sources, :, : self.longest]
 
-    def write(self, layer, rows, positions, key, value) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put key and value [B, kv_heads, T, D] into the cache of a layer, which is returned: into
-        slots [B], at positions [B or 1, T]."""
+    def write(self, layer, slots, positions, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put [B, kv_heads, T, D] into slots [B] of a layer's cache, at positions [B or 1, T]."""
         if layer not in self.cache:
             shape = (self.capacity + 1, key.shape[1], self.length)
             keys = key.new_zeros(*shape, key.shape[3])
             self.cache[layer] = (keys, value.new_zeros(*shape, value.shape[3]))
         keys, values = self.cache[layer]
-        keys[rows[:, None], :, positions] = key.transpose(1, 2)
-        values[rows[:, None], :, positions] = value.transpose(1, 2)
+        keys[slots[:, None], :, positions] = key.transpose(1, 2)
+        values[slots[:, None], :, positions] = value.transpose(1, 2)
         return keys, values
 
-    def attend_in_prompts(self, rows, layer, query, key, value, scaling, window, softcap):
-        """Prefill: whole prompts attend to themselves. All [B, heads, T, D], padded on the right;
-        causality hides the padding."""
+    def attend_in_prompts(self, slots, layer, query, key, value, scaling, window, softcap):
+        """Whole prompts [B, heads, T, D], padded on the right, which causality hides."""
         length = key.shape[2]
         positions = torch.arange(length, device=key.device)[None]  # [1, T]
-        self.write(layer, rows, positions, key, value)
+        self.write(layer, slots, positions, key, value)
         if softcap is None and (window is None or window >= length):
             shared = key.shape[1] < query.shape[1]  # several query heads share a K/V head
             return torch.nn.functional.scaled_dot_product_attention(
@@ -934,12 +935,11 @@ class Sampler:
         return attention(query, key, value, positions, scaling, window, softcap)
 
     def attend_to_cache(self, length, layer, query, key, value, scaling, window, softcap):
-        """Decoding: one new token of each of the first B rows attends to what its row has. All
-        [B, heads, 1, D]."""
-        rows = query.shape[0]
-        positions = self.position[:rows, None]  # [B, 1]
-        keys, values = self.write(layer, self.slot[:rows], positions, key, value)
-        keys, values = keys[:rows, :, :length], values[:rows, :, :length]
+        """A new token of each of the first B slots, [B, heads, 1, D], attends to its row."""
+        slots = self.slot[: query.shape[0]]
+        positions = self.position[: len(slots), None]  # [B, 1]
+        keys, values = self.write(layer, slots, positions, key, value)
+        keys, values = keys[: len(slots), :, :length], values[: len(slots), :, :length]
         return attention(query, keys, values, positions, scaling, window, softcap)
 
 
@@ -1332,6 +1332,8 @@ def encode_problems(lm: LM, problems: list[Problem], prompt: str, new_tokens: in
     fitting = [task for task in tasks if len(task[1]) + new_tokens <= lm.context]
     room = f"context of {lm.context} tokens, no prompt with {new_tokens} more fits"
     require(fitting, f"model {lm.model.name_or_path}: {room}; try --max-new-tokens")
+    if len(fitting) < len(tasks):
+        print(f"{len(tasks) - len(fitting)} of {len(tasks)} problems left out: too long")
     return fitting
 
 
@@ -1538,13 +1540,14 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
 
 
 class Run:
-    """The folder of a run. Nobody else writes there while this object lives."""
+    """The folder of a run; nobody else writes there while it is open."""
 
     def __init__(self, config: Config, resume: bool):
         self.config = config
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
         self.signal = 0  # that asks us to stop
+        self.lock = None
         new = not self.folder.exists()
         require(resume or new, f"{self.folder}: exists; another --out, or --resume {self.folder}")
         if resume:
@@ -1561,6 +1564,18 @@ class Run:
             self.lock.acquire()  # until this process ends, however it does
         except filelock.Timeout:
             raise UserError(f"{self.folder}: another run is writing there") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        with contextlib.suppress(ValueError):  # only the main thread has a say
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.lock:
+            self.lock.release()
+        if isinstance(error, OSError):
+            raise UserError(f"{self.folder}: {error}; then --resume goes on") from error
 
     def begin(self, optimizer: MasterAdamW):
         """Write the settings; when resuming, forget all that came after the checkpoint."""
@@ -1646,17 +1661,26 @@ class Clock:
     """Seconds and tokens/s of the phases of a step, and the peak memory so far."""
 
     def __init__(self):
-        self.metrics = {}
         self.last = time.perf_counter()
+        self.seconds = {}
 
-    def lap(self, phase: str, tokens: int):
+    def lap(self, phase: str):
+        """The phase that ends now."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        now = time.perf_counter()
-        self.metrics[f"seconds_{phase}"] = round(now - self.last, 3)
-        self.metrics[f"tokens_per_s_{phase}"] = round(tokens / (now - self.last))
-        self.last = now
+        self.seconds[phase] = time.perf_counter() - self.last
+        self.last += self.seconds[phase]
+
+    def metrics(self, rollouts: list[Rollout]) -> dict:
+        metrics = {}
+        tokens = dict.fromkeys(self.seconds, sum(len(r.tokens) for r in rollouts))
+        tokens["transfer"] = sum(cut.continuation_length for r in rollouts for cut in r.cuts)
+        for phase, seconds in self.seconds.items():
+            metrics[f"seconds_{phase}"] = round(seconds, 3)
+            metrics[f"tokens_per_s_{phase}"] = round(tokens[phase] / seconds)
+        if torch.cuda.is_available():
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return metrics
 
 
 def mean(values) -> float | None:
@@ -1832,8 +1856,8 @@ def resolve(config: Config) -> Config:
         require(type(value) in kinds, f"{flag}: must be of type {kinds[-1].__name__}")
         require(low is None or low <= value <= high, f"{flag}: must be from {low} to {high:g}")
     require("{question}" in config.prompt, "--prompt: {question} is missing in it")
-    rewarded = config.answer_weight or config.transfer_weight or config.format_weight
-    require(rewarded, "all reward weights are 0")
+    weights = [value for name, value in vars(config).items() if name.endswith("_weight")]
+    require(any(weights), "all reward weights are 0")
     try:
         torch.zeros(1, device=config.device)
         if config.device.startswith("cuda"):
@@ -1934,7 +1958,9 @@ class TransferReward:
         tokenizer = tokenizer or self.receiver.tokenizer
         stop_ids = tuple(stop_ids) or find_stop_ids(None, tokenizer)
         self.generator = LM(None, tokenizer, stop_ids, len(tokenizer), 2**30)  # to read with
-        self.call = int(os.environ.get("RANK", 0))
+        self.call = int(
+            os.environ.get("RANK", 0)
+        )  # calls of all processes have numbers of their own
 
     def __call__(self, prompts, completions, answer, completion_ids=None, **others) -> list[float]:
         """prompts and completions: texts or lists of messages -> rewards in [0, 1]."""
@@ -1945,10 +1971,10 @@ class TransferReward:
             if self.knows_ids and completion_ids is not None:
                 tokens = list(completion_ids[i])
             rollouts.append(Rollout(Problem(prompts[i], answer[i]), [], tokens, [], True, text))
-        uniform = rng(self.config.seed, CUT, self.call).random((len(rollouts), self.config.cuts))
-        cut_rollouts(rollouts, self.generator, taus=1 - uniform)
-        stream = (CONTINUATION, self.call)
-        continue_cuts(rollouts, self.generator, self.receiver, self.config, stream)
+        taus = draw_taus(len(rollouts), self.config, self.call)
+        cut_rollouts(rollouts, self.generator, taus)
+        key = (CONTINUATION, self.call)
+        continue_cuts(rollouts, self.generator, self.receiver, self.config, key)
         score_transfer(rollouts)
         self.call += int(os.environ.get("WORLD_SIZE", 1))
         return [rollout.rewards["transfer"] for rollout in rollouts]
