@@ -2,6 +2,7 @@
 
     python eval.py --model runs/NAME/final --data math500 --k 64 --out evals/NAME
     python eval.py ... --receiver Qwen2.5-1.5B-Instruct     # also transfer, at tau = 0.1 .. 0.9
+    python eval.py --run runs/NAME                          # its model before and after training
     python eval.py --samples FILE                           # completions that exist already
     python eval.py --compare evals/A/result.json evals/B/result.json
 
@@ -12,100 +13,187 @@ Of a problem with gold answer g there are n completions y_i with answers a_i = a
     Pass@k     1 - C(n - c, k) / C(n, k)          c of the n are right
     transfer   1[answer(y[:tau |y|] + z) = g]     z: how the receiver goes on from there
     leak       1[y[:tau |y|] has a boxed answer]  overflow: it is too long for the receiver
+
+Start reading at `evaluate`: it makes a record of each problem, and `score` makes figures of them.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-import os
 import sys
-import zlib
 from pathlib import Path
 
+import filelock
 import numpy as np
+import torch
 import transformers
 from tqdm import tqdm
 
 import rltr
-from rltr import (
-    EVALUATION,
-    LM,
-    PROMPT,
-    Config,
-    Problem,
-    TransferReward,
-    UserError,
-    answers_equal,
-    decode,
-    extract_answer,
-    gather,
-    generate,
-    is_correct,
-    load_lm,
-    load_problems,
-    majority_vote,
-    printable,
-    require,
-    share,
-)  # noqa: F401 (majority_vote: re-exported)
+from rltr import Config, UserError, answers_equal, extract_answer, majority_vote, option, require  # noqa: F401
 
-TAUS = tuple(i / 10 for i in range(1, 10))
-SUBSETS, RESAMPLES = 1000, 10_000
+TAUS = [tenth / 10 for tenth in range(1, 10)]
+SUBSETS = 1000
+RESAMPLES = 10_000
+CHUNK_ROWS = 2048  # completions that are made, and then stored, at once: about so many
 CONVENTIONS = f"""\
 Votes are cast by equivalence, completions without an answer do not vote, ties go to the first seen.
 Maj@k: 1 < k < n is a mean over {SUBSETS:,} subsets without replacement. Pass@k: unbiased estimator.
 [..]: 95 % intervals, bootstrap over problems, {RESAMPLES:,} resamples."""
 
 
-# ==================================================================================== mathematics
+@dataclasses.dataclass
+class Settings(Config):
+    """Evaluation uses a few settings of training, some with another default, and has its own."""
+
+    model: str = option("", "folder or hub name of the model to evaluate")
+    run: str = option("", "folder of a run of rltr.py: its model before and after training")
+    samples: str = option("", "file of completions to score instead of a model's")
+    data: str = option("math500", "short name, hub id or local file, as in rltr.py")
+    split: str = option("", "of a hub data set; empty: test, or the only one there is")
+    k: int = option(64, "completions a problem; of --samples all, if not given", 1)
+    out: str = option("", "folder for the results; goes on with what is there")
+    temperature: float = option(1.0, "sampling temperature (0: greedy)", 0)
+    receiver: str = option("", "model that goes on from cut completions; self: the same one")
+    transfer_samples: int = option(4, "completions a problem that are cut", 1)
+    fallback: bool = option(False, "also read answers without a box")
+
+
+FLAGS = "model run samples data split limit k out prompt max_new_tokens temperature receiver "
+FLAGS += "transfer_samples receiver_temperature receiver_margin fallback seed max_rows device"
+
+
+# ===================================================================================== evaluating
+
+
+def evaluate(settings: Settings) -> dict:
+    """Sample k completions of each problem; let the receiver, if there is one, go on from cuts.
+
+    Completion i of a chunk is a function of (seed, the chunk's first problem, i), and chunks that
+    an interrupted evaluation with the same settings has left in the folder `out` serve again."""
+    problems = rltr.load_problems(settings.data, settings.split, settings.limit, prefer="test")
+    lm = rltr.load_lm(settings.model, settings.device)
+    receiver = lm if settings.receiver == "self" else None
+    if settings.receiver and receiver is None:
+        receiver = rltr.load_lm(settings.receiver, settings.device)
+    tasks = [(p, rltr.encode_prompt(lm, p.question, settings.prompt)) for p in problems]
+    for number, (_, prompt) in enumerate(tasks, 1):
+        require(len(prompt) < lm.context, f"problem {number} is longer than the model's context")
+
+    # The chunks are the same on every machine, and with or without a receiver.
+    cuts = min(settings.k, settings.transfer_samples) * len(TAUS)
+    size = max(1, CHUNK_ROWS // max(settings.k, cuts))  # in problems
+    records = stored_records(settings, problems, size) if settings.out else []
+    with tqdm(total=len(tasks), initial=len(records), desc=Path(settings.model).name) as bar:
+        for first in range(len(records), len(tasks), size):
+            chunk = sample_chunk(lm, receiver, tasks[first : first + size], first, settings)
+            if settings.out:
+                with Path(settings.out, "completions.jsonl").open("a") as file:
+                    file.writelines(json.dumps(record) + "\n" for record in chunk)
+            records += chunk
+            bar.update(len(chunk))
+    return score(records, settings.k, settings.fallback)
+
+
+def sample_chunk(lm: rltr.LM, receiver, tasks: list, first: int, settings: Settings) -> list[dict]:
+    """The records of some problems. Tasks are pairs of a problem and its prompt in token ids."""
+    completions = rltr.generate(
+        lm.model,
+        [prompt for _, prompt in tasks],
+        samples=settings.k,
+        max_new_tokens=[min(settings.max_new_tokens, lm.context - len(p)) for _, p in tasks],
+        temperature=settings.temperature,
+        stop_ids=lm.stop_ids,
+        vocab_size=lm.vocab_size,
+        max_rows=settings.max_rows,
+        seed=(settings.seed, rltr.EVALUATION, first),
+    )
+    rollouts = []
+    for number, c in enumerate(completions):
+        problem, prompt = tasks[number // settings.k]
+        text = rltr.decode(lm.tokenizer, c.tokens)
+        rollouts.append(rltr.Rollout(problem, prompt, c.tokens, c.logprobs, c.finished, text))
+    groups = rltr.grouped(rollouts, settings.k)
+    if receiver is not None:  # steps 3 to 5 of training, with fixed taus
+        to_cut = [rollout for group in groups for rollout in group[: settings.transfer_samples]]
+        rltr.cut_rollouts(to_cut, lm, taus=[TAUS] * len(to_cut))
+        stream = (rltr.EVALUATION, rltr.CONTINUATION, first)
+        rltr.continue_cuts(to_cut, lm, receiver, settings, stream)
+        rltr.score_transfer(to_cut)
+
+    records = []
+    for (problem, _), group in zip(tasks, groups, strict=True):
+        record = {"problem": problem.question, "answer": problem.answer}
+        record["completions"] = [rollout.text for rollout in group]
+        record["drawn"] = {
+            "finished": [rollout.finished for rollout in group],
+            "tokens": [len(rollout.tokens) for rollout in group],
+            "cuts": [dataclasses.asdict(cut) for rollout in group for cut in rollout.cuts],
+        }
+        records.append(record)
+    return records
+
+
+# ======================================================================================== figures
+
+
 @functools.lru_cache(maxsize=1)  # of one problem, for all k
-def classify(answers: tuple, gold: str) -> tuple[np.ndarray, np.ndarray]:
-    """Answers as integers [n], the same for equivalent ones, 0 for None; and which are right [n].
+def classify(answers: tuple, gold: str) -> tuple[list[int], list[bool]]:
+    """Answers as integers, the same for equivalent ones, 0 for None; and which are right.
 
     >>> classify(("7", "1,000", None, "7", "1000"), "1000")
-    (array([1, 2, 0, 1, 2]), array([False,  True, False, False,  True]))
+    ([1, 2, 0, 1, 2], [False, True, False, False, True])
     """
-    number, firsts = {None: 0}, []  # firsts[j] is the first answer of class j + 1
-    for answer in dict.fromkeys(a for a in answers if a is not None):
-        j = next((j for j, f in enumerate(firsts) if answers_equal(f, answer)), len(firsts))
-        firsts += [answer] * (j == len(firsts))
-        number[answer] = j + 1
-    right = {a: a is not None and answers_equal(a, gold) for a in number}
-    return np.array([number[a] for a in answers]), np.array([right[a] for a in answers])
+    first_seen = []  # of class 1, 2, ...
+    class_of = {None: 0}
+    is_right = {None: False}
+    for answer in dict.fromkeys(a for a in answers if a is not None):  # each once
+        is_right[answer] = answers_equal(answer, gold)
+        known = [first for first in first_seen if answers_equal(first, answer)]
+        if not known:
+            first_seen.append(answer)
+        class_of[answer] = class_of[known[0]] if known else len(first_seen)
+    return [class_of[answer] for answer in answers], [is_right[answer] for answer in answers]
 
 
 @functools.lru_cache(maxsize=64)
-def subsets(n: int, k: int) -> np.ndarray:
-    """Subsets of k of n completions [S, k], each in the order of sampling: for "first seen"."""
+def subsets(n: int, k: int) -> list[list[int]]:
+    """Subsets of k of n completions, each in the order of sampling: for "first seen"."""
     if k in (1, n):  # all there are
-        return np.arange(n).reshape(-1, k)
+        return np.arange(n).reshape(-1, k).tolist()
     source = np.random.default_rng(0)
-    return np.sort([source.choice(n, k, replace=False) for _ in range(SUBSETS)], axis=1)
+    return [sorted(source.choice(n, k, replace=False).tolist()) for _ in range(SUBSETS)]
 
 
-def maj_at_k(answers: list, gold: str, k: int) -> float:
+def maj_at_k(answers: list[str | None], gold: str, k: int) -> float:
     """Maj@k = mean over subsets S of k answers (None: no answer) of 1[majority_vote(a_S) = gold].
+
+    The same vote as `majority_vote`, but answers are compared once, not anew in each subset.
 
     >>> maj_at_k(["3", "4", None, "3"], "3", 4), maj_at_k(["3", "4", None, "3"], "3", 1)
     (1.0, 0.5)
     """
     require(1 <= k <= len(answers), f"Maj@{k} of {len(answers)} answers")
     classes, right = classify(tuple(answers), gold)
-    chosen = subsets(len(answers), k)  # [S, k]
-    rows = np.arange(len(chosen))
-    boxes = classes[chosen] + rows[:, None] * (classes.max() + 1)  # one a subset and class
-    votes = np.bincount(boxes.ravel())[boxes] * (classes[chosen] > 0)
-    winners = chosen[rows, votes.argmax(1)]  # argmax: the first of equals
-    return float(right[winners].mean())
+    hits = 0
+    for subset in subsets(len(answers), k):
+        voters = {}  # class -> those who gave an answer of this class
+        for i in subset:
+            if classes[i] != 0:
+                voters.setdefault(classes[i], []).append(i)
+        if voters:
+            winners = max(voters.values(), key=len)  # of equals the first: a dict keeps its order
+            hits += right[winners[0]]
+    return hits / len(subsets(len(answers), k))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Pass@k = 1 - C(n - c, k) / C(n, k): some of k completions is right, if c of n are. The
-    difference is taken in whole numbers, so nothing cancels and nothing overflows.
+    """Pass@k = 1 - C(n - c, k) / C(n, k): some of k completions is right, if c of n are.
+
+    The difference is taken in whole numbers, so nothing cancels and nothing overflows.
 
     >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(10_000, 1, 1)
     (0.25, 0.5, 0.0001)
@@ -115,413 +203,275 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """values [P, M], M figures of P problems. Draws P problems with replacement, again and again:
-    the 95 % intervals of the means [M, 2] and p = 2 min(P[mean <= 0], P[mean >= 0]) [M]."""
-    count, source = len(values), np.random.default_rng(0)
-    means = (
-        np.concatenate(
-            [
-                source.multinomial(count, np.full(count, 1 / count), 100) @ values
-                for _ in range(RESAMPLES // 100)
-            ]
-        )
-        / count
-    )  # [R, M]
-    tail = np.minimum((means <= 0).sum(0), (means >= 0).sum(0)) + 1
-    return np.percentile(means, [2.5, 97.5], axis=0).T, np.minimum(1, 2 * tail / (RESAMPLES + 1))
+    """How sure are the means of M figures over P problems? values: [P, M].
+
+    Draws P problems with replacement, again and again. Returns the 95 % intervals of the means
+    [M, 2] and, for values that are differences, p = 2 min(P[mean <= 0], P[mean >= 0]) [M]."""
+    count = len(values)
+    equally_likely = np.full(count, 1 / count)
+    times_drawn = np.random.default_rng(0).multinomial(count, equally_likely, RESAMPLES)  # [R, P]
+    means = times_drawn @ values / count  # [R, M]
+    tail = np.minimum((means <= 0).sum(axis=0), (means >= 0).sum(axis=0)) + 1
+    intervals = np.percentile(means, [2.5, 97.5], axis=0).T
+    return intervals, np.minimum(1, 2 * tail / (RESAMPLES + 1))
 
 
-# ==================================================================================== completions
-def evaluate(
-    lm: LM,
-    problems: list[Problem],
-    *,
-    k,
-    prompt=PROMPT,
-    max_new_tokens=1024,
-    temperature=1.0,
-    receiver: LM | None = None,
-    taus=TAUS,
-    margin=64,
-    receiver_temperature=1.0,
-    transfer_samples=4,
-    seed=0,
-    max_rows=0,
-    fallback=False,
-    label="",
-    out="",
-    settings=None,
-) -> dict:
-    """Sample k completions a problem, let the receiver go on from the first `transfer_samples` of
-    them, and score it all. Row i is a function of (seed, i), the receiver's of (seed, chunk, i):
-    chunks that an earlier call with the same settings has left in the folder `out` are reused.
-    """
-    prompts = [lm.encode_prompt(p.question, prompt) for p in problems]
-    limits = [min(max_new_tokens, lm.context - len(ids)) for ids in prompts]
-    require(min(limits) > 0, f"problem {np.argmin(limits) + 1}: longer than the model's context")
-    transfer = receiver and TransferReward(
-        receiver,
-        lm.tokenizer,
-        temperature=receiver_temperature,
-        max_new_tokens=max_new_tokens,
-        margin=margin,
-        prompt=prompt,
-        seed=seed,
-        stop_ids=lm.stop_ids,
-        max_rows=max_rows,
-    )
-    size = max(1, (2048 if lm.model.device.type == "cuda" else 512) // k)  # problems a chunk
-    records = gather(
-        stored_records(out, settings or {}, problems, size) if out and rltr.RANK == 0 else []
-    )
-    work = k + (min(k, transfer_samples) * len(taus) if transfer else 0)  # rows a problem
-    with tqdm(
-        desc=label,
-        unit="row",
-        smoothing=0,
-        total=work * len(problems),
-        initial=work * len(records),
-        disable=rltr.RANK > 0,
-    ) as bar:
-        for first in range(len(records), len(problems), size):
-            here = slice(first, min(first + size, len(problems)))
-            mine = share(here.stop - first)  # of several GPUs, under torchrun
-            done = gather(
-                generate(
-                    lm.model,
-                    prompts[here][mine],
-                    samples=k,
-                    max_new_tokens=limits[here][mine],
-                    temperature=temperature,
-                    stop_ids=lm.stop_ids,
-                    vocab_size=lm.vocab_size,
-                    max_rows=max_rows,
-                    seed=(seed, EVALUATION),
-                    first_row=(first + mine.start) * k,
-                    progress=bar,
-                )
-            )
-            groups = [done[i : i + k] for i in range(0, len(done), k)]
-            new = [
-                {
-                    "problem": p.question,
-                    "answer": p.answer,
-                    "completions": [decode(lm.tokenizer, c.tokens) for c in group],
-                    "drawn": {
-                        "finished": [c.finished for c in group],
-                        "tokens": [len(c.tokens) for c in group],
-                        "cuts": [],
-                    },
-                }
-                for p, group in zip(problems[here], groups)
-            ]
-            if transfer:
-                owners = [(r, c) for r, g in zip(new, groups) for c in g[:transfer_samples]]
-                rows = transfer.continue_from_cuts(
-                    [r["problem"] for r, _ in owners],
-                    [c.tokens for _, c in owners],
-                    [r["answer"] for r, _ in owners],
-                    step=first,
-                    taus=[taus] * len(owners),
-                )
-                for (r, _), cuts in zip(owners, rows):
-                    r["drawn"]["cuts"] += map(dataclasses.asdict, cuts)
-                bar.update((work - k) * len(new))
-            records += new
-            if out and rltr.RANK == 0:
-                with Path(out, "completions.jsonl").open("a") as file:
-                    file.write("".join(json.dumps(record) + "\n" for record in new))
-    return score(records, k, fallback)
-
-
-def stored_records(out: str, settings: dict, problems: list[Problem], size: int) -> list[dict]:
-    """The complete chunks of an interrupted evaluation; what is behind, a torn line too, is cut."""
-    file, beside = Path(out, "completions.jsonl"), Path(out, "settings.json")
-    settings = {**settings, "problems": zlib.crc32(repr(problems).encode(errors="replace"))}
-    if not file.exists() or not file.stat().st_size:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(settings, indent=1))
-        file.touch()
-    saved = parse(beside.read_bytes(), beside)
-    changed = ", ".join(key for key in settings if saved.get(key) != settings[key])
-    require(not changed, f"--out {out}: there is an evaluation with another {changed} in it")
-    lines = [line for line in file.read_bytes().splitlines(True) if line.endswith(b"\n")]
-    if len(lines) < len(problems):
-        lines = lines[: len(lines) // size * size]
-    os.truncate(file, sum(map(len, lines)))
-    return read_records(file) if lines else []
-
-
-def read_records(path: str | Path) -> list[dict]:
-    """One record a line: "problem", "answer", "completions"; evaluate adds what is "drawn"."""
-    records = []
-    lines = enumerate(Path(path).read_bytes().splitlines(), 1)
-    for number, row in ((i, parse(line, f"{path}: line {i}")) for i, line in lines if line.strip()):
-        asked, gold = row.get("problem", row.get("question")), row.get("answer")
-        texts = row.get("completions")
-        good = isinstance(gold, (str, int, float)) and isinstance(texts, list) and len(texts) > 0
-        require(
-            good and all(isinstance(text, str) for text in [asked, *texts]),
-            f"{path}: line "
-            f'{number} is not {{"problem": text, "answer": text, "completions": [text, ..]}}',
-        )
-        gold = extract_answer(str(gold)) or str(gold)
-        records.append({**row, "problem": asked, "answer": gold})
-    require(records, f"{path}: holds no completions")
-    return records
-
-
-def parse(text: bytes, where) -> dict:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        data = None
-    require(isinstance(data, dict), f"{where}: not a JSON object")
-    return data
-
-
-# ========================================================================================= result
 def score_problem(record: dict, ks: list[int], fallback: bool) -> dict:
     """All figures of one problem, under the names that the report uses."""
-    texts, gold, drawn = record["completions"], record["answer"], record.get("drawn", {})
-    answers = [extract_answer(text, fallback) for text in texts]
-    right = classify(tuple(answers), gold)[1]
-    figures = {"accuracy": right.mean(), "answered": np.mean([a is not None for a in answers])}
-    figures |= {name: np.mean(drawn[name]) for name in ("finished", "tokens") if name in drawn}
+    gold = record["answer"]
+    drawn = record.get("drawn", {})
+    answers = [extract_answer(text, fallback) for text in record["completions"]]
+    _, right = classify(tuple(answers), gold)
+    figures = {"accuracy": rltr.mean(right)}
+    figures["answered"] = rltr.mean(answer is not None for answer in answers)
+    for name in ("finished", "tokens"):
+        if name in drawn:
+            figures[name] = rltr.mean(drawn[name])
     for k in ks:
         figures[f"Maj@{k}"] = maj_at_k(answers, gold, k)
-        figures[f"Pass@{k}"] = pass_at_k(len(texts), int(right.sum()), k)
-    cuts = drawn.get("cuts", [])
-    if cuts:
-        figures["overflow"] = np.mean([cut["overflow"] for cut in cuts])
-    if fallback:  # the reward reads boxes only
-        cuts = [
-            {**cut, "correct": is_correct(cut["prefix"] + cut["continuation"], gold, True)}
-            for cut in cuts
-        ]
-    for tau in dict.fromkeys(cut["tau"] for cut in cuts):
-        for name, key in ("transfer", "correct"), ("leak", "leaked"):
-            figures[f"{name}@{tau}"] = np.mean([cut[key] for cut in cuts if cut["tau"] == tau])
-    return {
-        "problem": record["problem"],
-        "answer": gold,
-        "figures": {name: float(value) for name, value in figures.items()},
-    }
+        figures[f"Pass@{k}"] = pass_at_k(len(answers), sum(right), k)
+    cuts_at = {}  # tau -> cuts
+    for cut in drawn.get("cuts", []):
+        cuts_at.setdefault(cut["tau"], []).append(cut)
+        if fallback and not cut["overflow"]:  # the transfer reward reads boxes only
+            cut["correct"] = rltr.is_correct(cut["prefix"] + cut["continuation"], gold, True)
+    if cuts_at:
+        figures["overflow"] = rltr.mean(cut["overflow"] for cut in drawn["cuts"])
+    for tau, cuts in cuts_at.items():
+        figures[f"transfer@{tau}"] = rltr.mean(cut["correct"] for cut in cuts)
+        figures[f"leak@{tau}"] = rltr.mean(cut["leaked"] for cut in cuts)
+    figures = {name: float(value) for name, value in figures.items()}
+    return {"problem": record["problem"], "answer": gold, "figures": figures}
 
 
 def score(records: list[dict], k: int | None = None, fallback: bool = False) -> dict:
     """All figures, for k = 1, 2, 4 .. n and the given k; each problem has n or more completions."""
     n = min(len(record["completions"]) for record in records)
-    require((k or n) <= n, f"--k {k}: some problem has only {n} completions")
-    ks = sorted({2**i for i in range(n.bit_length())} | {n, k or n})
-    rows = [score_problem(record, ks, fallback) for record in records]
+    k = k or n
+    require(k <= n, f"--k {k}: some problem has only {n} completions")
+    ks = sorted({2**exponent for exponent in range(n.bit_length())} | {k, n})
+    rows = []
+    for number, record in enumerate(records, 1):
+        with expecting(f"completions of problem {number}: damaged"):
+            rows.append(score_problem(record, ks, fallback))
     names = [name for name in rows[0]["figures"] if all(name in row["figures"] for row in rows)]
-    values = np.array([[row["figures"][name] for name in names] for row in rows])  # [P, M]
-    mean = dict(zip(names, values.mean(0).tolist()))
-    taus = [name.split("@")[1] for name in names if name.startswith("transfer")]
+    values = figure_table(rows, names)
+    intervals, _ = bootstrap(values)
+    mean = dict(zip(names, values.mean(axis=0).tolist(), strict=True))
+    transfer = {}
+    for tau in [name.removeprefix("transfer@") for name in names if name.startswith("transfer@")]:
+        transfer[tau] = {"accuracy": mean[f"transfer@{tau}"], "leak": mean[f"leak@{tau}"]}
     return {
         "problems": len(rows),
         "n": n,
         "accuracy": mean["accuracy"],
         "maj": {str(k): mean[f"Maj@{k}"] for k in ks},
         "pass": {str(k): mean[f"Pass@{k}"] for k in ks},
-        "transfer": {
-            tau: {"accuracy": mean[f"transfer@{tau}"], "leak": mean[f"leak@{tau}"]} for tau in taus
-        },
-        "cut": len(records[0]["drawn"]["cuts"]) // len(taus) if taus else 0,
+        "transfer": transfer,
+        "cut": len(records[0]["drawn"]["cuts"]) // len(transfer) if transfer else 0,
         "figures": mean,
-        "intervals": dict(zip(names, bootstrap(values)[0].tolist())),
+        "intervals": dict(zip(names, intervals.tolist(), strict=True)),
         "conventions": CONVENTIONS,
         "per_problem": rows,
     }
 
 
+def figure_table(rows: list[dict], names: list[str]) -> np.ndarray:
+    return np.array([[row["figures"][name] for name in names] for row in rows], float)  # [P, M]
+
+
+# ========================================================================================= tables
+
+
 def report(result: dict) -> str:
-    rows = {}  # what has the same k or tau shares a row
-    for (name, mean), (low, high) in zip(result["figures"].items(), result["intervals"].values()):
+    lines = {}  # what has the same k or tau shares a line
+    for name, mean in result["figures"].items():
+        low, high = result["intervals"][name]
         cell = f"{name:<13}{mean:8.3f} [{low:.3f}, {high:.3f}]"
-        rows.setdefault(name.partition("@")[2] or name, []).append(f"{cell:<42}")
-    cut = f", {result['cut']} of them cut and continued" if result["cut"] else ""
-    return "\n".join(
-        [
-            f"{result['problems']} problems, {result['n']} completions each{cut}",
-            *map("".join, rows.values()),
-            result["conventions"],
-        ]
-    )
+        key = name.partition("@")[2] or name
+        lines[key] = lines.get(key, "") + f"{cell:<42}"
+    title = f"{result['problems']} problems, {result['n']} completions each"
+    if result["cut"]:
+        title += f", {result['cut']} of them cut and continued"
+    return "\n".join([title, *lines.values(), result["conventions"]])
 
 
-def compare(a: dict, b: dict, only=()) -> str:
+def compare(before: dict, after: dict, only: list[str] | None = None) -> str:
     """The differences of the figures that two results share, paired by problem."""
-    require("per_problem" in a and "per_problem" in b, "--compare: these are not two result.json")
-    asked, other = ([row["problem"] for row in x["per_problem"]] for x in (a, b))
-    require(asked == other, "--compare: these are results on different problems")
-    names = [name for name in a["figures"] if name in b["figures"] and (not only or name in only)]
-    first, second = (
-        np.array([[row["figures"][name] for name in names] for row in x["per_problem"]])
-        for x in (a, b)
-    )  # [P, M]
-    lines = [f"{len(first)} problems, difference and 95 % interval: paired bootstrap over problems"]
-    for name, x, y, (low, high), p in zip(
-        names, first.mean(0), second.mean(0), *bootstrap(second - first)
-    ):
-        lines.append(
-            f"{name:<14}{x:9.3f} ->{y:9.3f}   {y - x:+.3f} [{low:+.3f}, {high:+.3f}]   p = {p:.4f}"
-        )
+    with expecting("--compare: these are not two result.json of eval.py"):
+        names = [name for name in only or before["figures"] if name in before["figures"]]
+        names = [name for name in names if name in after["figures"]]
+        tables = [figure_table(result["per_problem"], names) for result in (before, after)]
+        asked = [[row["problem"] for row in result["per_problem"]] for result in (before, after)]
+    require(asked[0] and asked[0] == asked[1], "--compare: results on different problems")
+    intervals, p_values = bootstrap(tables[1] - tables[0])
+    lines = [f"{len(asked[0])} problems, difference, 95 % interval: paired bootstrap over problems"]
+    for column, name in enumerate(names):
+        first, second = (table[:, column].mean() for table in tables)
+        low, high = intervals[column]
+        means = f"{first:9.3f} ->{second:9.3f}   {second - first:+.3f}"
+        lines.append(f"{name:<14}{means} [{low:+.3f}, {high:+.3f}]   p = {p_values[column]:.4f}")
     return "\n".join(lines)
 
 
-def before_and_after(config: Config, final: Path):
-    """The closing table of rltr.py: the generator and what became of it, on config.eval_data."""
-    settings = {
-        **vars(config),
-        "data": config.eval_data,
-        "k": config.eval_k,
-        "out": "",
-        "receiver": config.model if config.receiver == "self" else config.receiver,
-        "split": "",
-        "limit": 0,
-        "transfer_samples": 4,
-        "fallback": False,
-    }
-    before, after = (
-        evaluate_model(argparse.Namespace(**{**settings, "model": model}))
-        for model in (config.model, str(final))
-    )
-    if rltr.RANK > 0:
-        return
-    table = {"before": before["figures"], "after": after["figures"]}
-    Path(config.out, "evaluation.json").write_text(json.dumps(table, indent=1))
-    print(
-        "before -> after,",
-        compare(
-            before,
-            after,
-            ["accuracy", f"Maj@{config.eval_k}", *(f"transfer@{tau}" for tau in TAUS[::2])],
-        ),
-    )
+def before_and_after(given: dict):
+    """The closing table of a run. Everything is as in the run, but for the flags that are given."""
+    run = Path(given["run"])
+    require((run / "config.json").is_file(), f"{run}: no run of rltr.py; it has no config.json")
+    require((run / "final").is_dir(), f"{run}: has no final/; its training has not ended")
+    with expecting(f"{run}/config.json: not the settings of a run"):
+        config = Config(**json.loads((run / "config.json").read_bytes()))
+    ours = {"data": config.eval_data, "k": config.eval_k, "split": "", "limit": 0, "out": ""}
+    settings = Settings(**(vars(config) | ours | given))
+    rltr.resolve(settings)  # refuses wrong ones
+    require(settings.data, f"{run}: a run without --eval-data; give --data")
+    if settings.receiver == "self":
+        settings.receiver = config.model
+    if config.transfer_weight == 0 and "receiver" not in given:
+        try:  # RLVR needs no receiver, but where one is at hand its transfer is shown
+            rltr.load_lm(settings.receiver, settings.device)
+        except UserError as error:
+            tell(f"a table without transfer: {error}")
+            settings.receiver = ""
+
+    results = {}
+    for when, model in (("before", config.model), ("after", f"{run}/final")):
+        out = f"{settings.out}/{when}" if settings.out else ""
+        results[when] = evaluate(dataclasses.replace(settings, model=model, out=out))
+    figures = {when: result["figures"] for when, result in results.items()}
+    rltr.write_file(run / "evaluation.json", json.dumps(figures, indent=1))
+    names = ["accuracy", f"Maj@{settings.k}", *(f"transfer@{tau}" for tau in TAUS[::2])]
+    print("before -> after,", compare(results["before"], results["after"], names))
+
+
+# ========================================================================================== files
+
+
+@contextlib.contextmanager
+def expecting(message: str):
+    """Damaged files, or files of another kind, are refused in one line, whatever they hold."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
+        raise UserError(f"{message} ({e!r})") from None
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """One record a line: problem, answer, completions; `sample_chunk` adds what was drawn."""
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if line.strip():
+            message = f"{path}: line {number} lacks problem, answer or completions, a list of texts"
+            with expecting(message):
+                record = json.loads(line)
+                problem = record.get("problem", record.get("question"))
+                gold = record["answer"]
+                texts = record["completions"]
+            good = isinstance(gold, (str, int, float)) and isinstance(texts, list) and texts
+            require(good and all(isinstance(text, str) for text in [problem, *texts]), message)
+            gold = extract_answer(str(gold)) or str(gold)
+            records.append(record | {"problem": problem, "answer": gold})
+    require(records, f"{path}: holds no completions")
+    return records
+
+
+def stored_records(settings: Settings, problems: list, size: int) -> list[dict]:
+    """The whole chunks that an interrupted evaluation has left in the folder `out`."""
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    harmless = ("out", "max_rows", "fallback")  # do not change what is drawn
+    identity = {name: getattr(settings, name) for name in FLAGS.split() if name not in harmless}
+    weights = sorted(Path(settings.model).glob("*.safetensors"))
+    identity["weights"] = [file.stat().st_mtime_ns for file in weights]  # was it trained anew?
+    log = folder / "completions.jsonl"
+    if not log.exists() or log.stat().st_size == 0:
+        rltr.write_file(folder / "settings.json", json.dumps(identity, indent=1))
+        return []
+    with expecting(f"{folder}/settings.json: damaged"):
+        saved = json.loads((folder / "settings.json").read_bytes())
+        changed = [name for name in identity if saved.get(name) != identity[name]]
+    require(not changed, f"{folder}: holds an evaluation with another {', '.join(changed)}")
+
+    # What is behind the last whole chunk goes: a few lines, a torn one.
+    lines = [line for line in log.read_bytes().splitlines(True) if line.endswith(b"\n")]
+    if len(lines) < len(problems):
+        lines = lines[: len(lines) // size * size]
+    rltr.write_file(log, b"".join(lines).decode(errors="replace"))
+    records = read_records(log) if lines else []
+    stored = [rltr.Problem(record["problem"], record["answer"]) for record in records]
+    require(stored == problems[: len(stored)], f"{folder}: holds completions of other problems")
+    return records
 
 
 # =================================================================================== command line
-FLAGS = [  # name, default, least value (None: text), help
-    ("model", "", None, "folder or hub name of the model to evaluate"),
-    ("samples", "", None, "file of completions to score instead of a model's"),
-    ("data", "math500", None, "short name, hub id or local file, as in rltr.py"),
-    ("split", "", None, "of a hub data set; empty: test, or the only one there is"),
-    ("k", None, 1, "completions a problem (default: 64; of --samples: all there are)"),
-    ("out", "", None, "folder of result.json and completions.jsonl; goes on with what is there"),
-    ("prompt", "", None, "with {question}; empty: that of the run the model comes from"),
-    ("temperature", 1.0, 0, "sampling temperature (0: greedy)"),
-    ("receiver", "", None, "model that goes on from cut completions; self: the same one"),
-    ("transfer_samples", 4, 1, "completions a problem that are cut"),
-    *(
-        (f.name, f.default, f.metadata["minimum"], f.metadata["help"])
-        for f in dataclasses.fields(Config)
-        if f.name
-        in (
-            "max_new_tokens",
-            "receiver_temperature",
-            "receiver_margin",
-            "limit",
-            "seed",
-            "max_rows",
-            "device",
-        )
-    ),
-]
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = functools.partial(require, False)  # one line, not a manual
-    for name, default, least, text in FLAGS:
-        kind = str if least is None else type(default or least)
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text)
-    parser.add_argument("--fallback", action="store_true", help="also read answers without a box")
+def parse_arguments(argv: list[str] | None) -> dict:
+    """The flags that were given, and the prompt of the run that the model comes from."""
+    parser = rltr.Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Settings):
+        how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        if f.name in FLAGS.split():
+            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     parser.add_argument("--compare", nargs=2, metavar="RESULT", help="two result.json, paired")
-    args = parser.parse_args(argv)
-    require(
-        bool(args.model) + bool(args.samples) + bool(args.compare) == 1,
-        "give one of --model, --samples and --compare",
-    )
-    require(args.model or not args.receiver, "--receiver needs --model: it continues its tokens")
-    for name, _, least, _ in FLAGS:
-        value = getattr(args, name)
-        require(
-            least is None or value is None or least <= value < math.inf,
-            f"--{name.replace('_', '-')} {value}: must be a number of at least {least}",
-        )
-    for config in (folder / "config.json" for folder in [*Path(args.model).parents][:2]):
-        if not args.prompt and config.is_file():  # of a run of rltr.py
-            args.prompt = parse(config.read_bytes(), config).get("prompt", "")
-    args.prompt, args.k = args.prompt or PROMPT, args.k or (Config.eval_k if args.model else None)
-    require("{question}" in args.prompt, "--prompt: {question} is missing in it")
-    return args
+    given = vars(parser.parse_args(argv))
+    tasks = [name for name in ("model", "run", "samples", "compare") if given.get(name)]
+    require(len(tasks) == 1, "give one of --model, --run, --samples and --compare")
+    has_model = tasks[0] in ("model", "run")
+    require(has_model or "receiver" not in given, "--receiver: there is no model to go on from")
+    for folder in list(Path(given.get("model", "")).parents)[:2]:  # NAME/final, NAME/checkpoints/9
+        path = folder / "config.json"
+        if path.is_file() and "prompt" not in given:
+            with expecting(f"{path}: not the settings of a run"):
+                given["prompt"] = json.loads(path.read_bytes()).get("prompt", rltr.PROMPT)
+    return given
 
 
-def evaluate_model(args: argparse.Namespace) -> dict:
-    problems = load_problems(args.data, args.split, args.limit, prefer="test")
-    files = [f for m in (args.model, args.receiver) if m for f in Path(m).glob("*.safetensors")]
-    settings = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in ("out", "max_rows", "fallback")
-    }
-    settings["weights"] = sorted(f.stat().st_mtime_ns for f in files)  # to notice a new training
-    lm = load_lm(args.model, args.device)
-    receiver = (
-        lm
-        if args.receiver == "self"
-        else (load_lm(args.receiver, args.device) if args.receiver else None)
-    )
-    return evaluate(
-        lm,
-        problems,
-        receiver=receiver,
-        margin=args.receiver_margin,
-        settings=settings,
-        label=Path(args.model).name,
-        **{
-            name: getattr(args, name)
-            for name in (
-                "k",
-                "prompt",
-                "max_new_tokens",
-                "temperature",
-                "receiver_temperature",
-                "transfer_samples",
-                "fallback",
-                "out",
-                "seed",
-                "max_rows",
-            )
-        },
-    )
+def tell(message: str):
+    print("eval: " + rltr.printable(" ".join(message.split())), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
-        args = parse_arguments(argv)
-        rltr.join_ranks()
-        if args.compare:
-            print(compare(*(parse(Path(path).read_bytes(), path) for path in args.compare)))
-            return 0
-        result = (
-            score(read_records(args.samples), args.k, args.fallback)
-            if args.samples
-            else evaluate_model(args)
-        )
-        if rltr.RANK == 0:
-            print(report(result))
-        if args.out and rltr.RANK == 0:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            result = json.dumps({"settings": vars(args), **result}, indent=1)
-            Path(args.out, "result.json").write_text(result)
+        given = parse_arguments(argv)
+        lock = contextlib.nullcontext()
+        if given.get("out"):
+            Path(given["out"]).mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(Path(given["out"], ".lock"), timeout=0)
+        with lock:
+            if "compare" in given:
+                with expecting("--compare: not two result.json"):
+                    before, after = [json.loads(Path(p).read_bytes()) for p in given["compare"]]
+                print(compare(before, after))
+            elif given.get("run"):
+                before_and_after(given)
+            else:
+                settings = Settings(**given)
+                rltr.resolve(settings)  # refuses wrong ones
+                if settings.samples:
+                    records = read_records(settings.samples)
+                    result = score(records, given.get("k"), settings.fallback)
+                else:
+                    result = evaluate(settings)
+                print(report(result))
+                if settings.out:
+                    chosen = {name: getattr(settings, name) for name in FLAGS.split()}
+                    text = json.dumps({"settings": chosen, **result}, indent=1)
+                    rltr.write_file(Path(settings.out, "result.json"), text)
         return 0
-    except (UserError, OSError) as error:
-        print("eval: " + printable(" ".join(str(error).split())), file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        tell("interrupted; with --out, the same command goes on")
+        return 130
+    except filelock.Timeout as error:
+        tell(f"--out: another evaluation is writing there ({error.lock_file})")
+    except torch.OutOfMemoryError:
+        tell("out of memory: a smaller --max-rows helps")
+    except (UserError, OSError, torch.AcceleratorError) as error:
+        tell(str(error))
+    return 2
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 A test called test_mistake_... is named after something that other code bases got wrong."""
 
+import ast
 import contextlib
+import dataclasses
 import doctest
+import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -16,7 +20,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+import weakref
 from html import parser as html_parser
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,9 +37,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as evaluation
 import rltr
-from eval import maj_at_k, majority_vote, pass_at_k
+from eval import maj_at_k, pass_at_k
 from rltr import (
-    CHECKS,
     Completion,
     Config,
     Problem,
@@ -43,6 +48,8 @@ from rltr import (
     extract_answer,
     generate,
     is_correct,
+    judge_answer,
+    majority_vote,
 )
 
 torch.set_num_threads(1)  # matrices this small are faster on one
@@ -54,19 +61,19 @@ V = 97  # vocabulary of the random models
 def tiny(kind="qwen2", **changes):
     """A random model with large weights, so that its logits are far from equal."""
     torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    sizes = {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | changes)).eval()
 
 
@@ -98,10 +105,11 @@ def logprobs_are_right(model, prompt, c, vocab_size=V, temperature=1.0):
 
 def sampled(model, rewards, noise=0.0, group=3, high=V):
     """Rollouts of ragged lengths with these rewards, log-probs off by `noise`, advantages set."""
-    source, rows = random.Random(1), []
+    source = random.Random(1)
+    rows = []
     prompts = random_prompts(*[3 + 5 * (i // group) % 11 for i in range(0, len(rewards), group)])
     advantages = rltr.group_advantages(torch.tensor(rewards).view(-1, group)).flatten().tolist()
-    for i, (reward, advantage) in enumerate(zip(rewards, advantages)):
+    for i, (reward, advantage) in enumerate(zip(rewards, advantages, strict=True)):
         prompt = prompts[i // group]
         tokens = [source.randrange(1, high) for _ in range(source.randrange(0, 9))] + [0]
         logprobs = [
@@ -157,7 +165,8 @@ ROWS = [
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_the_same_problems_from_every_kind_of_file(kind, tmp_path):
-    datasets, path = pytest.importorskip("datasets"), tmp_path / f"data.{kind}"
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / f"data.{kind}"
     if kind == "json":
         path.write_text(json.dumps(ROWS, indent=1))
     else:
@@ -165,7 +174,8 @@ def test_the_same_problems_from_every_kind_of_file(kind, tmp_path):
         {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](str(path))
     first, second = rltr.load_problems(str(path))
     assert first == Problem('1 + 1,\n"quoted"?', "\\frac{4}{2}")  # the last box, whole
-    assert second.question == "é?" and second.answer.replace(",", "") == "1000"
+    assert second.question == "é?"
+    assert second.answer.replace(",", "") == "1000"
     assert rltr.load_problems(str(path), limit=1) == [first]
 
 
@@ -204,7 +214,8 @@ def test_problems_of_a_step_are_a_function_of_seed_and_step_and_every_epoch_is_a
     assert steps[7] == rltr.draw_problems(list(range(10)), 4, seed=3, step=7)
     flat = sum(steps, [])
     epochs = [flat[i : i + 10] for i in range(0, 40, 10)]
-    assert all(sorted(e) == list(range(10)) for e in epochs) and len(set(map(tuple, epochs))) == 4
+    assert all(sorted(e) == list(range(10)) for e in epochs)
+    assert len(set(map(tuple, epochs))) == 4
     assert flat != sum((rltr.draw_problems(list(range(10)), 4, 4, s) for s in range(10)), [])
     assert sorted(rltr.draw_problems([1, 2], 5, 0, 0)) in ([1, 1, 1, 2, 2], [1, 1, 2, 2, 2])
 
@@ -216,14 +227,17 @@ def test_problems_of_a_step_are_a_function_of_seed_and_step_and_every_epoch_is_a
 def test_bos_once_or_never_whoever_writes_it_and_no_thinking(written, added, count):
     template = "<s>" * written + CHATML + "{% if enable_thinking is false %}<no think>{% endif %}"
     tokenizer = byte_tokenizer(template, add_bos=bool(added))
-    assert tokenizer.decode(lm_of(None, tokenizer).encode_prompt("2 + 2?")) == "<s>" * count + (
+    assert tokenizer.decode(
+        rltr.encode_prompt(lm_of(None, tokenizer), "2 + 2?")
+    ) == "<s>" * count + (
         "<|im_start|>user\n2 + 2?\nPlease reason step by step, and put your final answer within "
         "\\boxed{}.<|im_end|>\n<|im_start|>assistant\n<no think>"
     )
 
 
 def test_stop_tokens_come_from_tokenizer_generation_config_and_chat_template():
-    tokenizer, model = byte_tokenizer(), tiny()  # as in Qwen2.5 base: <|im_end|> is not eos
+    tokenizer = byte_tokenizer()
+    model = tiny()  # as in Qwen2.5 base: <|im_end|> is not eos
     for configured, more in ((None, ()), (5, (5,)), ([5, 6], (5, 6))):
         model.generation_config.eos_token_id = configured
         assert rltr.find_stop_ids(model, tokenizer) == (*more, 256, 258)
@@ -231,7 +245,7 @@ def test_stop_tokens_come_from_tokenizer_generation_config_and_chat_template():
 
 def test_mistake_without_a_chat_template_the_model_never_stops():
     tokenizer = byte_tokenizer(None)  # a plain prompt, and still a stop token
-    prompt = lm_of(None, tokenizer).encode_prompt("x {y}", "Do {question}!")
+    prompt = rltr.encode_prompt(lm_of(None, tokenizer), "x {y}", "Do {question}!")
     assert tokenizer.decode(prompt) == "Question: Do x {y}!\nAnswer:"
     assert rltr.find_stop_ids(tiny(), tokenizer) == (256,)
 
@@ -245,25 +259,28 @@ def test_decode_drops_control_tokens_and_an_incomplete_last_character():
 
 # --------------------------------------------------------------------------------------- generation
 
-GEMMA = dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=16)
+GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 KINDS = {
-    "qwen2, MHA": ("qwen2", dict(num_key_value_heads=4)),
+    "qwen2, MHA": ("qwen2", {"num_key_value_heads": 4}),
     "qwen2, tied, sliding": (
         "qwen2",
-        dict(
-            tie_word_embeddings=True, use_sliding_window=True, sliding_window=8, max_window_layers=1
-        ),
+        {
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+        },
     ),
-    "qwen3": ("qwen3", dict(head_dim=16)),
+    "qwen3": ("qwen3", {"head_dim": 16}),
     "llama": ("llama", {}),
     "olmo2": ("olmo2", {}),
-    "mistral, sliding": ("mistral", dict(sliding_window=8)),
+    "mistral, sliding": ("mistral", {"sliding_window": 8}),
     "gemma3": ("gemma3_text", GEMMA),
     "gemma2": ("gemma2", dict(GEMMA, attn_implementation="eager")),  # others may drop soft caps
     "phi3": ("phi3", {}),
     "gpt2": ("gpt2", {}),
-    "granite": ("granite", dict(logits_scaling=4.0)),
-    "cohere": ("cohere", dict(logit_scale=0.25)),
+    "granite": ("granite", {"logits_scaling": 4.0}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
 }
 DEVICES = [
     "cpu",
@@ -274,7 +291,8 @@ DEVICES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", KINDS)
 def test_greedy_is_that_of_transformers_and_logprobs_are_those_of_a_full_forward(name, device):
-    model, expected = tiny(KINDS[name][0], **KINDS[name][1]).to(device), []
+    model = tiny(KINDS[name][0], **KINDS[name][1]).to(device)
+    expected = []
     prompts = random_prompts(5, 1, 17, 30, 2)
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
@@ -305,34 +323,6 @@ def test_greedy_is_that_of_transformers_and_logprobs_are_those_of_a_full_forward
 
 # What the sampler does on CUDA, on the CPU: the kernel in Triton's interpreter; a graph that cannot
 # be captured (there is none here), then one whose replay is the step itself.
-ON_CUDA = """
-import types
-import rltr, test_rltr
-model = test_rltr.tiny("gemma2", hidden_size=36, num_attention_heads=6, head_dim=20,
-                       sliding_window=7, attn_logit_softcapping=2.0)
-def texts(temperature):
-    return rltr.generate(model, test_rltr.random_prompts(37, 3), samples=4, max_new_tokens=5,
-                         seed=0, max_rows=5, stop_ids=range(1, 20), temperature=temperature)
-drawn = texts(1.0)
-rltr.capture = lambda step, pool: types.SimpleNamespace(replay=step, pool=object)
-greedy, rltr.triton = texts(0), None
-for fused, plain in ((drawn, texts(1.0)), (greedy, texts(0))):
-    assert [c.tokens for c in fused] == [c.tokens for c in plain]
-    assert all(abs(a - b) < 1e-4 for c, d in zip(fused, plain)
-               for a, b in zip(c.logprobs, d.logprobs))
-"""
-
-
-def test_the_sampler_of_cuda_gives_the_same_with_its_kernel_and_its_graphs():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", ON_CUDA],
-        cwd=os.path.dirname(__file__) or ".",
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0 and "no CUDA graph" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -350,45 +340,63 @@ def test_attention_that_we_would_compute_wrongly_is_refused(kind, changes):
         rltr.check_model(lm_of(tiny(kind, **changes)))
 
 
+LONGROPE = {  # as in Phi-3 128k
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize("kind, rope", [("phi3", LONGROPE), ("llama", DYNAMIC)])
+def test_positions_that_all_change_beyond_some_length_are_refused(kind, rope, tmp_path):
+    changes = {"rope_parameters": rope | {"rope_theta": 1e4}}
+    changes |= {"original_max_position_embeddings": 32} if kind == "phi3" else {}
+    rltr.save_lm(lm_of(tiny(kind, vocab_size=260, **changes), byte_tokenizer()), tmp_path)
+    with pytest.raises(UserError, match=f"{kind} is not served"):
+        rltr.load_lm(str(tmp_path))
+
+
 def test_a_loaded_model_keeps_its_soft_capped_attention_where_transformers_would_drop_it(tmp_path):
-    exact, tokenizer = tiny("gemma2", vocab_size=260, **KINDS["gemma2"][1]), byte_tokenizer()
+    exact = tiny("gemma2", vocab_size=260, **KINDS["gemma2"][1])
+    tokenizer = byte_tokenizer()
     rltr.save_lm(lm_of(exact, tokenizer), tmp_path)
-    lm, [prompt] = rltr.load_lm(str(tmp_path)), random_prompts(30)
+    lm = rltr.load_lm(str(tmp_path))
+    [prompt] = random_prompts(30)
     [c] = generate(lm.model, [prompt], max_new_tokens=9, seed=0)
     row = Rollout(None, prompt, c.tokens, c.logprobs, False, "")
     trained = Completion(c.tokens, rltr.completion_logprobs(lm, [row])[0].tolist(), False)
     assert all(logprobs_are_right(exact, prompt, x, 260) for x in (c, trained))
 
 
-def test_longrope_is_refused_or_served_up_to_the_length_where_all_positions_would_change(tmp_path):
-    rope = dict(
-        rope_type="longrope",
-        rope_theta=1e4,
-        original_max_position_embeddings=32,
-        short_factor=[1.0] * 4,
-        long_factor=[2.0, 3.0, 4.0, 5.0],
-    )  # as in Phi-3 128k
-    model = tiny("phi3", vocab_size=260, rope_parameters=rope, original_max_position_embeddings=32)
-    rltr.save_lm(lm_of(model, byte_tokenizer()), tmp_path)
-    with contextlib.suppress(UserError):
-        assert rltr.load_lm(str(tmp_path)).context == 32
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral, sliding"])
 def test_mistake_a_short_row_beside_a_long_one_gets_wrong_positions_or_sees_padding(name):
-    lm, prompts = lm_of(tiny(KINDS[name][0], **KINDS[name][1])), random_prompts(2, 40, 9)
+    lm = lm_of(tiny(KINDS[name][0], **KINDS[name][1]))
+    prompts = random_prompts(2, 40, 9)
     together = generate(lm.model, prompts, max_new_tokens=12, seed=1)
-    rows = [Rollout(None, p, c.tokens, c.logprobs, False, "") for p, c in zip(prompts, together)]
+    rows = [
+        Rollout(None, prompt, c.tokens, c.logprobs, False, "")
+        for prompt, c in zip(prompts, together, strict=True)
+    ]
     trained = rltr.completion_logprobs(lm, rows)[0].view(3, 12).tolist()
-    for i, (prompt, c) in enumerate(zip(prompts, together)):
-        alone = generate(lm.model, [prompt], max_new_tokens=12, seed=1, first_row=i)[0]
-        assert c.tokens == alone.tokens and logprobs_are_right(lm.model, prompt, c)
+    for i, (prompt, c) in enumerate(zip(prompts, together, strict=True)):
+        # Row i has the same random numbers in both; here all rows are of one length.
+        alone = generate(lm.model, [prompt] * (i + 1), max_new_tokens=12, seed=1)[i]
+        assert c.tokens == alone.tokens
+        assert logprobs_are_right(lm.model, prompt, c)
         assert logprobs_are_right(lm.model, prompt, Completion(c.tokens, trained[i], False))
 
 
 def test_sampling_follows_the_softmax():
-    model, [prompt], n, k = tiny(initializer_range=0.15), random_prompts(5), 4000, 30
-    seen, expected = np.zeros((k, k)), np.zeros((k, k))
+    model = tiny(initializer_range=0.15)
+    [prompt] = random_prompts(5)
+    n = 4000
+    k = 30
+    seen = np.zeros((k, k))
+    expected = np.zeros((k, k))
     for c in generate(
         model, [prompt], samples=n, max_new_tokens=2, temperature=0.8, vocab_size=k, seed=1
     ):
@@ -397,51 +405,68 @@ def test_sampling_follows_the_softmax():
         first, second = full_logprobs(model, prompt, [t, 0], k, 0.8)
         expected[t] = n * (first[t] + second).exp().numpy()
     often = expected >= 5  # the other pairs make one cell
-    cells = [*zip(seen[often], expected[often]), (seen[~often].sum(), expected[~often].sum())]
+    cells = [
+        *zip(seen[often], expected[often], strict=True),
+        (seen[~often].sum(), expected[~often].sum()),
+    ]
     chi2 = sum((o - e) ** 2 / e for o, e in cells)
-    assert len(cells) > 100 and abs(chi2 - len(cells)) < 4 * (2 * len(cells)) ** 0.5
+    assert len(cells) > 100
+    assert abs(chi2 - len(cells)) < 4 * (2 * len(cells)) ** 0.5
 
 
-def lowest_random_numbers(monkeypatch):
-    """From now on the generators' random() gives the lowest number of [0, 1)."""
-    lowest = type("Lowest", (), {"random": lambda self, shape=(): np.zeros(shape)})
-    monkeypatch.setattr(np.random, "default_rng", lambda *a: lowest())
+class Lowest:
+    """A generator of random numbers that always gives the lowest number of [0, 1)."""
+
+    def random(self, shape=()):
+        return np.zeros(shape)
 
 
 def test_sampling_never_takes_a_token_of_probability_zero(monkeypatch):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(4, 1)
     tokens, logprobs = rltr.sample_tokens(logits, 1.0, torch.tensor([1e-45, 0.4999, 0.5001, 1.0]))
-    assert tokens.tolist() == [1, 1, 3, 3] and torch.allclose(logprobs, torch.tensor(0.5).log())
-    lowest_random_numbers(monkeypatch)  # so u, which is never 0, is 1
+    assert tokens.tolist() == [1, 1, 3, 3]
+    assert torch.allclose(logprobs, torch.tensor(0.5).log())
+    # The lowest random number is 0, so u, which is never 0, is 1.
+    monkeypatch.setattr(rltr, "rng", lambda *keys: Lowest())
     assert min(generate(tiny(), [[5]], max_new_tokens=9)[0].tokens) > 0
 
 
-def test_texts_do_not_depend_on_max_rows_and_first_row_shifts_the_random_numbers():
-    model, prompts = tiny(), random_prompts(4, 11, 3, 7)
+def test_texts_depend_neither_on_max_rows_nor_on_how_the_samples_of_a_prompt_are_given():
+    model = tiny()
+    prompts = random_prompts(4, 11, 4, 7)
 
-    def texts(prompts, **settings):
-        done = generate(
-            model, prompts, samples=3, max_new_tokens=15, stop_ids=range(3, 9), **settings
-        )
-        assert all(logprobs_are_right(model, prompts[i // 3], c) for i, c in enumerate(done))
+    def texts(prompts, samples, **settings):
+        limits = {"max_new_tokens": 15, "stop_ids": range(3, 9)}
+        done = generate(model, prompts, samples=samples, **limits, **settings)
+        for i, c in enumerate(done):
+            assert logprobs_are_right(model, prompts[i // samples], c)
         return [c.tokens for c in done]
 
-    whole = texts(prompts, seed=5)
+    whole = texts(prompts, 3, seed=5)
     assert len(set(map(tuple, whole))) == 12  # the samples of a prompt differ
     assert len(set(map(len, whole))) > 4  # ragged: rows leave, others take their place
-    assert all(texts(prompts, seed=5, max_rows=rows) == whole for rows in (1, 2, 5, 7))
-    assert texts(prompts[2:], seed=5, first_row=6) == whole[6:] and texts(prompts, seed=6) != whole
+    assert texts(prompts, 3, seed=6) != whole
+    assert texts(prompts, 3, seed=(5, 1)) != whole
+    repeated = [prompt for prompt in prompts for _ in range(3)]  # one list, three times
+    equal = [list(prompt) for prompt in repeated]  # three lists
+    for max_rows in (None, 1, 2, 5, 7):
+        assert texts(prompts, 3, seed=5, max_rows=max_rows) == whole
+        assert texts(repeated, 1, seed=5, max_rows=max_rows) == whole
+        assert texts(equal, 1, seed=5, max_rows=max_rows) == whole
 
 
 def test_stop_tokens_end_a_row_and_belong_to_it():
-    stops, model, limits = (3, 4, 5, 6, 7, 8, 9), tiny(), [6, 12]  # each prompt has its own limit
+    stops = (3, 4, 5, 6, 7, 8, 9)
+    model = tiny()
+    limits = [6, 12]  # each prompt has its own limit
     done = generate(
         model, random_prompts(4, 9), samples=20, max_new_tokens=limits, stop_ids=stops, seed=0
     )
     assert 5 < sum(c.finished for c in done) < 40
     for i, c in enumerate(done):
         assert len(c.tokens) == len(c.logprobs) <= limits[i // 20]
-        assert not set(c.tokens[:-1]) & set(stops) and c.finished == (c.tokens[-1] in stops)
+        assert not set(c.tokens[:-1]) & set(stops)
+        assert c.finished == (c.tokens[-1] in stops)
         assert c.finished or len(c.tokens) == limits[i // 20]
     assert generate(model, [], max_new_tokens=3) == []
     for prompts, limit in (([[]], 3), ([[1]], 0)):
@@ -449,14 +474,163 @@ def test_stop_tokens_end_a_row_and_belong_to_it():
             generate(model, prompts, max_new_tokens=limit)
 
 
+class FakeGraphs:
+    def __init__(self, monkeypatch, error=None):
+        self.error = error
+        self.recording = None
+        self.captured = []  # (slots, length, steps left in the bucket)
+        self.pooled = False  # there is a graph, whose memory the others are to share
+        self.plain = 0
+        self.replays = 0
+        self.real_step = rltr.Sampler.step
+        self.stream = "the usual stream"
+        monkeypatch.setattr(rltr, "GRAPH_DEVICES", ("cpu",))
+        monkeypatch.setattr(rltr.Sampler, "graphs_work", True)  # put back afterwards
+        monkeypatch.setattr(rltr.Sampler, "step", self.step())
+        monkeypatch.setattr(FakeGraph, "graphs", self)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: self.stream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda *device: "the usual stream")
+        monkeypatch.setattr(torch.cuda, "set_stream", self.set_stream)
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    @contextlib.contextmanager
+    def capture(self, graph, pool=None):
+        assert pool == ("the pool" if self.pooled else None)
+        before = self.stream
+        self.stream = "a stream to record on"
+        self.recording = graph
+        yield
+        self.recording = None
+        if self.error:
+            raise self.error  # and the stream stays the wrong one
+        self.stream = before
+
+    def step(self):
+        def step(sampler, slots, length):
+            assert sampler.active <= slots <= sampler.capacity
+            assert sampler.longest <= length <= sampler.length
+            if self.recording is None:
+                self.plain += 1
+                self.real_step(sampler, slots, length)
+            else:
+                self.captured.append((slots, length, length - sampler.longest))
+                self.recording.arguments = (sampler, slots, length)
+                self.recording.addresses = addresses(sampler)
+
+        return step
+
+
+class FakeGraph:
+    graphs = None
+
+    def pool(self):
+        self.graphs.pooled = True
+        return "the pool"
+
+    def replay(self):
+        sampler, slots, length = self.arguments
+        assert addresses(sampler) == self.addresses  # nothing was put in a tensor's place
+        assert sampler.active <= slots
+        assert sampler.longest <= length
+        self.graphs.replays += 1
+        self.graphs.real_step(sampler, slots, length)
+
+
+def addresses(sampler):
+    state = [x for x in vars(sampler).values() if isinstance(x, torch.Tensor)]
+    cache = [x for layer in sampler.cache.values() for x in layer]
+    return [tensor.data_ptr() for tensor in state + cache]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["qwen2, tied, sliding", "gemma2"])
+def test_the_steps_of_cuda_graphs_give_the_same_tokens_as_plain_ones(
+    name, temperature, monkeypatch
+):
+    model = tiny(KINDS[name][0], **KINDS[name][1])
+    prompts = random_prompts(37, 3, 60)
+
+    def drawn(max_rows):
+        graphs.pooled = False
+        limits = {"max_new_tokens": 70, "stop_ids": range(1, 12), "max_rows": max_rows}
+        return generate(model, prompts, samples=4, temperature=temperature, seed=0, **limits)
+
+    with monkeypatch.context() as patch:
+        graphs = FakeGraphs(patch)
+        patch.setattr(rltr, "GRAPH_DEVICES", ())
+        plain = drawn(None)
+    assert not graphs.captured
+    assert temperature == 0 or len({len(c.tokens) for c in plain}) > 4  # ragged
+    graphs = FakeGraphs(monkeypatch)
+    for max_rows in (None, 5):
+        got = drawn(max_rows)
+        assert [c.tokens for c in got] == [c.tokens for c in plain]
+        assert [c.finished for c in got] == [c.finished for c in plain]
+        for ours, theirs in zip(got, plain, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    assert graphs.replays > graphs.plain / 2
+
+
+def test_a_graph_is_captured_once_a_bucket_and_only_where_16_steps_are_left(monkeypatch):
+    model = tiny()
+    prompts = random_prompts(50, 50)
+    graphs = FakeGraphs(monkeypatch)
+
+    def captured(new_tokens, samples, prompts=prompts[:1]):
+        graphs.captured.clear()
+        graphs.pooled = False
+        generate(model, prompts, samples=samples, max_new_tokens=new_tokens, seed=0)
+        return graphs.captured
+
+    # After the first step 50 tokens are in the cache: 14 steps are left in the bucket of 64. The
+    # last bucket ends where the longest row does.
+    assert captured(14, 3) == []
+    assert captured(30, 3) == []
+    assert captured(31, 3) == [(3, 81, 16)]
+    assert captured(78, 5) == [(5, 128, 63)]
+    assert captured(95, 1) == [(1, 128, 63), (1, 145, 16)]
+    graphs.replays = 0
+    assert captured(94, 3) == [(3, 128, 63)]
+    assert graphs.replays == 63
+    # Six rows begin; three of them end in the step that brings the cache to 70 tokens, and at the
+    # next look, at 74, the step is one of four slots.
+    assert captured([21, 78], 3, prompts) == [(6, 128, 63), (4, 128, 54)]
+
+
+def test_a_capture_that_fails_is_said_and_sampling_goes_on_without_graphs(monkeypatch, capsys):
+    model = tiny()
+    settings = {"samples": 3, "max_new_tokens": 90, "stop_ids": range(1, 4), "seed": 0}
+    plain = generate(model, random_prompts(50, 9), **settings)
+    graphs = FakeGraphs(monkeypatch, RuntimeError("operation not permitted when capturing"))
+    for got, want in zip(generate(model, random_prompts(50, 9), **settings), plain, strict=True):
+        assert (got.tokens, got.finished) == (want.tokens, want.finished)
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    assert capsys.readouterr().err.count("not permitted") == 1
+    assert (len(graphs.captured), graphs.replays) == (1, 0)
+    assert graphs.stream == "the usual stream"
+
+
+def test_a_capture_that_fails_is_said_once_and_not_in_every_step_of_a_run(monkeypatch, capsys):
+    model = tiny()
+    FakeGraphs(monkeypatch, RuntimeError("operation not permitted when capturing"))
+    for seed in range(3):
+        generate(model, [[5, 6]], max_new_tokens=20, seed=seed)
+    assert capsys.readouterr().err.count("not permitted") == 1
+
+
 class KeepGradient:
-    """In the optimizer's place: keeps the gradient instead of making a step."""
+    """In the optimizer's place: keeps the gradients instead of making steps."""
 
     def __init__(self, model):
         self.model = model
+        self.gradients = []
 
     def step(self, max_norm):
-        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
         self.model.zero_grad()
         return 0.0
 
@@ -464,28 +638,29 @@ class KeepGradient:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_mistake_the_loss_uses_another_distribution_than_the_sampler(checkpointing):
-    model, prompts = tiny("gpt2", resid_pdrop=0.3, attn_pdrop=0.3), random_prompts(3, 8, high=60)
+    model = tiny("gpt2", resid_pdrop=0.3, attn_pdrop=0.3)
+    prompts = random_prompts(3, 8, high=60)
     if checkpointing:
         model.gradient_checkpointing_enable()
     model.lm_head.weight.data[60:] *= 5  # rows that the tokenizer does not know
     assert max(generate(model, prompts, max_new_tokens=9, temperature=0)[0].tokens) >= 60
-    lm, tasks = lm_of(model, byte_tokenizer(), (0,), 60), [(Problem("", ""), p) for p in prompts]
-    config = Config(
-        group=4, temperature=0.7, max_new_tokens=9, gradient_checkpointing=checkpointing
-    )
+    lm = lm_of(model, byte_tokenizer(), (0,), 60)
+    tasks = [(Problem("", ""), prompt) for prompt in prompts]
+    config = Config(group=4, temperature=0.7, max_new_tokens=9)
+    config.gradient_checkpointing = checkpointing
     rollouts = rltr.sample_rollouts(lm, tasks, config, step=0)
     for i, r in enumerate(rollouts):
-        assert max(r.tokens) < 60 and logprobs_are_right(model, r.prompt, r, 60, 0.7)
-        r.reward, r.advantage = float(i % 2), 2.0 * (i % 2) - 1
+        assert max(r.tokens) < 60
+        assert logprobs_are_right(model, r.prompt, r, 60, 0.7)
+        r.reward = float(i % 2)
+        r.advantage = 2.0 * (i % 2) - 1
     greedy = generate(model, prompts, max_new_tokens=9, temperature=0, vocab_size=60)
-    assert all(logprobs_are_right(model, p, c, 60) for p, c in zip(prompts, greedy))
+    for prompt, c in zip(prompts, greedy, strict=True):
+        assert logprobs_are_right(model, prompt, c, 60)
     assert rltr.update(lm, KeepGradient(model), rollouts, config)["logprob_gap_max"] < 1e-4
-    same = [
-        [r.tokens for r in rollouts]
-        == [r.tokens for r in rltr.sample_rollouts(lm, tasks, config, step)]
-        for step in (0, 1)
-    ]
-    assert same == [True, False]  # a function of the step
+    for step in (0, 1):  # a function of the step
+        again = rltr.sample_rollouts(lm, tasks, config, step)
+        assert ([r.tokens for r in again] == [r.tokens for r in rollouts]) == (step == 0)
 
 
 def embedded(model):
@@ -497,7 +672,8 @@ def embedded(model):
 
 @pytest.mark.parametrize("max_rows", [None, 2, 3, 7])
 def test_a_prompt_is_prefilled_once_and_finished_rows_cost_nothing(max_rows):
-    model, prompts = tiny(), random_prompts(9, 6, 4)
+    model = tiny()
+    prompts = random_prompts(9, 6, 4)
     shapes = embedded(model)
     done = generate(
         model,
@@ -515,9 +691,10 @@ def test_a_prompt_is_prefilled_once_and_finished_rows_cost_nothing(max_rows):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
-@pytest.mark.parametrize("kind, changes", [("gpt2", dict(resid_pdrop=0.5)), ("qwen2", {})])
+@pytest.mark.parametrize("kind, changes", [("gpt2", {"resid_pdrop": 0.5}), ("qwen2", {})])
 def test_mistake_train_mode_or_gradient_checkpointing_switch_the_cache_off(kind, changes):
-    model, prompts = tiny(kind, **changes), random_prompts(5, 12)
+    model = tiny(kind, **changes)
+    prompts = random_prompts(5, 12)
     want = generate(model, prompts, max_new_tokens=10, seed=0)
     attention = model.config._attn_implementation
     model.gradient_checkpointing_enable()
@@ -525,7 +702,8 @@ def test_mistake_train_mode_or_gradient_checkpointing_switch_the_cache_off(kind,
     shapes = embedded(model)
     assert generate(model, prompts, max_new_tokens=10, seed=0) == want
     assert sum(rows * length for rows, length in shapes) <= 2 * 12 + 2 * 10
-    assert all(m.training for m in model.modules()) and torch.is_grad_enabled()
+    assert all(m.training for m in model.modules())
+    assert torch.is_grad_enabled()
     assert model.config._attn_implementation == attention
 
 
@@ -546,7 +724,8 @@ def receiver_says(monkeypatch):
 
     class Script:
         def __call__(self, model, prompts, **settings):
-            self.prompts, self.settings = prompts, settings
+            self.prompts = prompts
+            self.settings = settings
             return [Completion(list(self.tokens), [0.0] * len(self.tokens), True) for _ in prompts]
 
     def say(tokens):
@@ -561,108 +740,207 @@ def rollout(tokenizer, text, end=()):
     return Rollout(Problem("1+6?", "7"), [1], [*byte_ids(tokenizer, text), *end], [], True, text)
 
 
+def transfer(rollouts, generator, receiver, number=0, **settings):
+    """Steps 3 to 5, cut anew for each number."""
+    config = Config(prompt="{question}", **settings)
+    taus = 1 - rltr.rng(number).random((len(rollouts), config.cuts))
+    rltr.cut_rollouts(rollouts, generator, taus)
+    rltr.continue_cuts(rollouts, generator, receiver, config, (rltr.CONTINUATION, number))
+    rltr.score_transfer(rollouts)
+
+
 def test_the_same_tokenizer_gets_the_prefix_as_token_ids_after_its_own_template(receiver_says):
-    mine, yours = byte_tokenizer(), byte_tokenizer(BRACKETS)
-    asked, r = receiver_says(byte_ids(yours, "7}")), rollout(mine, "aéé 1: \\boxed{7}, or.", [258])
+    mine = byte_tokenizer()
+    yours = byte_tokenizer(BRACKETS)
+    asked = receiver_says(byte_ids(yours, "7}"))
+    r = rollout(mine, "aéé 1: \\boxed{7}, or.", [258])
     r.tokens[1:1] = [257]  # a control token in the middle: stays one
-    rltr.TransferReward(
-        lm_of(None, yours, (256,), 260),
-        mine,
-        stop_ids=(258,),
-        cuts=40,
-        margin=8,
-        prompt="{question}",
-        max_new_tokens=20,
-    ).score([r], step=0)
+    generator = lm_of(None, mine, (258,))
+    receiver = lm_of(None, yours, (256,), 260)
+    transfer([r], generator, receiver, cuts=40, receiver_margin=8, max_new_tokens=20)
     budgets = asked.settings["max_new_tokens"]
     for cut, prompt, budget in zip(r.cuts, asked.prompts, budgets, strict=True):
         length = int(cut.tau * (len(r.tokens) - 1))  # the stop token is not counted
         assert prompt == byte_ids(yours, "[1+6?]->") + r.tokens[:length]
-        assert cut.prefix_length == length and budget == max(1, 20 - length + 8)
+        assert cut.prefix_length == length
+        assert budget == max(1, 20 - length + 8)
         whole = rltr.decode(mine, r.tokens[:length] + byte_ids(yours, "7}"))
         assert cut.prefix + cut.continuation == whole  # with the character that the cut had split
         assert cut.correct == rltr.is_correct(whole, "7")
         assert cut.leaked == ("\\boxed{7}" in cut.prefix)
     assert {(c.correct, c.leaked) for c in r.cuts} == {(True, False), (False, False), (True, True)}
-    assert len(r.cuts) == 40 and r.r_transfer == np.mean([cut.correct for cut in r.cuts])
-    assert asked.settings["stop_ids"] == (256,) and asked.settings["vocab_size"] == 260
+    assert len(r.cuts) == 40
+    assert r.rewards["transfer"] == np.mean([cut.correct for cut in r.cuts])
+    assert asked.settings["stop_ids"] == (256,)
+    assert asked.settings["vocab_size"] == 260
 
 
 def test_a_different_tokenizer_gets_the_prefix_as_text(receiver_says):
-    mine, yours = byte_tokenizer(), byte_tokenizer("<s>" + BRACKETS, reverse=True, add_bos=True)
-    text, split = "é<|im_end|>ü<s>∑", 0  # spelled out: not control tokens
-    r, asked = rollout(mine, text, [258]), receiver_says(byte_ids(yours, "\\boxed{7}é")[:-1])
-    rltr.TransferReward(
-        lm_of(None, yours), mine, stop_ids=(258,), cuts=60, prompt="{question}"
-    ).score([r], step=0)
+    mine = byte_tokenizer()
+    yours = byte_tokenizer("<s>" + BRACKETS, reverse=True, add_bos=True)
+    text = "é<|im_end|>ü<s>∑"  # spelled out: not control tokens
+    r = rollout(mine, text, [258])
+    asked = receiver_says(byte_ids(yours, "\\boxed{7}é")[:-1])
+    transfer([r], lm_of(None, mine, (258,)), lm_of(None, yours), cuts=60)
+    split = 0
     for cut, prompt in zip(r.cuts, asked.prompts, strict=True):
         raw = text.encode()[: int(cut.tau * len(text.encode()))]
         split += raw.decode(errors="ignore") != raw.decode(errors="replace")
         assert cut.prefix == raw.decode(errors="ignore")  # no half characters
         assert prompt == [259] + byte_ids(yours, "[1+6?]->" + cut.prefix)  # and BOS once
-        assert cut.continuation == "\\boxed{7}" and cut.correct
+        assert cut.continuation == "\\boxed{7}"
+        assert cut.correct
     assert split > 5
+
+
+def word_tokenizer():
+    """Whole words, the space before a word a part of it, as SentencePiece makes them."""
+    words = ["<unk>", "</s>", "▁a", "▁green", "een", "▁gr", "▁", "a", *"▁1+6?"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    core = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("same_tokenizer", [True, False])
+@pytest.mark.parametrize("words, text", [(["▁green"], " green"), (["▁gr", "een"], " green")])
+def test_mistake_the_space_at_the_seam_is_lost(words, text, same_tokenizer, receiver_says):
+    yours = word_tokenizer()
+    ids = yours.get_vocab()
+    assert yours.decode([ids["▁green"]]) == "green"  # the first space of a text is nobody's
+    mine = byte_tokenizer()
+    tokens = byte_ids(byte_tokenizer(), "a")
+    if same_tokenizer:
+        mine = word_tokenizer()
+        tokens = [ids["▁a"]]
+    asked = receiver_says([ids[word] for word in words])
+    r = Rollout(Problem("1+6?", "7"), [1], tokens, [], True, "a")
+    rltr.cut_rollouts([r], lm_of(None, mine), [[1.0, 0.5]])  # after "a", and before it
+    config = Config(prompt="{question}", cuts=2)
+    rltr.continue_cuts([r], lm_of(None, mine), lm_of(None, yours), config, (1,))
+    whole, alone = r.cuts
+    assert asked.prompts[0][-1] == ids["▁a"]
+    assert (whole.prefix, whole.continuation) == ("a", text)
+    assert (alone.prefix, alone.continuation) == ("", text.strip())
 
 
 def test_a_prefix_that_overflows_the_receiver_is_counted_and_scores_0(receiver_says):
     tokenizer = byte_tokenizer(BRACKETS)
-    r, asked = rollout(tokenizer, "x" * 50), receiver_says(byte_ids(tokenizer, "\\boxed{7}"))
-    reward = rltr.TransferReward(
-        lm_of(None, tokenizer, context=8 + 30),  # the question takes 8
-        cuts=300,
-        max_new_tokens=50,
-        margin=9,
-        prompt="{question}",
-    )
-    reward.score([r], step=0)
+    r = rollout(tokenizer, "x" * 50)
+    asked = receiver_says(byte_ids(tokenizer, "\\boxed{7}"))
+    receiver = lm_of(None, tokenizer, context=8 + 30)  # the question takes 8
+    settings = {"cuts": 300, "max_new_tokens": 50, "receiver_margin": 9}
+    transfer([r], lm_of(None, tokenizer), receiver, **settings)
     for cut in r.cuts:
-        assert cut.overflow == (cut.prefix_length >= 30) and cut.correct == (not cut.overflow)
-    assert {c.prefix_length for c in r.cuts} >= {29, 30} and 0.5 < r.r_transfer < 0.7
+        assert cut.overflow == (cut.prefix_length >= 30)
+        assert cut.correct == (not cut.overflow)
+    assert {c.prefix_length for c in r.cuts} >= {29, 30}
+    assert 0.5 < r.rewards["transfer"] < 0.7
     budgets = [min(59, 30) - c.prefix_length for c in r.cuts if not c.overflow]
     assert asked.settings["max_new_tokens"] == budgets
-    assert rltr.summarize([r], 1)["overflow"] == pytest.approx(1 - r.r_transfer)
+    metrics = rltr.summarize([r], Config(group=1))
+    assert metrics["overflow"] == pytest.approx(1 - r.rewards["transfer"])
 
 
 def test_an_empty_prefix_is_legal_and_the_receiver_solves_alone(receiver_says):
     tokenizer = byte_tokenizer(BRACKETS)
     asked = receiver_says(byte_ids(tokenizer, "\\boxed{7}"))
     rows = [rollout(tokenizer, "", end=[256]), rollout(tokenizer, "")]
-    rltr.TransferReward(lm_of(None, tokenizer), prompt="{question}").score(rows, 0)
+    transfer(rows, lm_of(None, tokenizer, (256,)), lm_of(None, tokenizer))
     assert asked.prompts == [byte_ids(tokenizer, "[1+6?]->")] * 2
-    assert [(r.r_transfer, r.cuts[0].prefix_length) for r in rows] == [(1.0, 0)] * 2
+    assert [(r.rewards["transfer"], r.cuts[0].prefix_length) for r in rows] == [(1.0, 0)] * 2
 
 
-def test_tau_is_uniform_from_0_excluded_to_1_included(receiver_says, monkeypatch):
-    tokenizer = byte_tokenizer(BRACKETS)
+def taus_of_calls(reward, monkeypatch, calls, rollouts=1):
+    """What the transfer reward of TRL cuts at: an array [rollouts, cuts] a call."""
+    drawn = []
+    cut = rltr.cut_rollouts
+
+    def spy(rollouts, generator, taus):
+        drawn.append(np.array(taus))
+        cut(rollouts, generator, taus)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rltr, "cut_rollouts", spy)
+        for _ in range(calls):
+            reward(["1+6?"] * rollouts, ["abc"] * rollouts, ["7"] * rollouts)
+    return drawn
+
+
+def test_tau_is_uniform_and_each_cut_has_its_own(receiver_says, monkeypatch):
     receiver_says([])
-    rows = [rollout(tokenizer, "abc") for _ in range(400)]
 
-    def taus(step):
-        rltr.TransferReward(lm_of(None, tokenizer), cuts=5).score(rows, step)
-        return [[cut.tau for cut in r.cuts] for r in rows]
+    def reward(**settings):
+        return rltr.TransferReward(lm_of(None, byte_tokenizer(BRACKETS)), cuts=5, **settings)
 
-    assert taus(3) == taus(3) != taus(4)  # a function of (seed, step)
-    assert len({t for row in taus(3) for t in row}) == 2000  # each cut has its own
-    assert np.allclose(np.histogram(taus(3), bins=8, range=(0, 1))[0], 250, atol=60)
-    lowest_random_numbers(monkeypatch)
-    assert {t for row in taus(3) for t in row} == {1.0} and rows[0].cuts[0].prefix == "abc"
+    first, second = taus_of_calls(reward(), monkeypatch, 2, rollouts=400)
+    assert first.shape == (400, 5)
+    assert len({*first.flatten(), *second.flatten()}) == 4000
+    assert np.allclose(np.histogram(first, bins=8, range=(0, 1))[0], 250, atol=60)
+    [again] = taus_of_calls(reward(), monkeypatch, 1, rollouts=400)
+    [other] = taus_of_calls(reward(seed=1), monkeypatch, 1, rollouts=400)
+    assert np.array_equal(first, again)  # a function of the seed
+    assert not np.array_equal(first, other)
+
+
+def test_every_process_of_trl_draws_other_taus_in_every_call(receiver_says, monkeypatch):
+    receiver_says([])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    drawn = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        reward = rltr.TransferReward(lm_of(None, byte_tokenizer(BRACKETS)), cuts=2)
+        drawn += taus_of_calls(reward, monkeypatch, calls=4)
+    assert len({tau for taus in drawn for tau in taus.flatten()}) == 3 * 4 * 2
+
+
+def test_mistake_the_receiver_shares_the_random_numbers_of_the_rollouts(monkeypatch):
+    """It then writes the same text as the generator, where it is the same model."""
+    tokenizer = byte_tokenizer(BRACKETS)
+    lm = lm_of(tiny(vocab_size=256), tokenizer, (0,), 256)
+    tasks = [(Problem("1+6?", "7"), rltr.encode_prompt(lm, "1+6?", "{question}"))]
+    config = Config(group=8, prompt="{question}", max_new_tokens=8, receiver_margin=0)
+    rollouts = rltr.sample_rollouts(lm, tasks, config, step=0)
+
+    def continuations(*stream):
+        for rollout in rollouts:
+            rollout.cuts = []
+        rltr.cut_rollouts(rollouts, lm, taus=[[1e-9]] * 8)  # it begins where they began
+        rltr.continue_cuts(rollouts, lm, lm, config, stream)
+        return [r.cuts[0].continuation for r in rollouts]
+
+    assert continuations(rltr.ROLLOUT, 0) == [r.text for r in rollouts]  # so that would be seen
+    ours = continuations(rltr.CONTINUATION, 0)
+    assert ours == continuations(rltr.CONTINUATION, 0)  # a function of the stream
+    streams = [ours, [r.text for r in rollouts]]
+    streams += [continuations(rltr.CONTINUATION, 1), continuations(rltr.CONTINUATION, 0, 1)]
+    for texts in zip(*streams, strict=True):  # of one rollout
+        assert len(set(texts)) == 4
 
 
 @pytest.mark.parametrize("as_messages", [False, True])
 @pytest.mark.parametrize("ids, tokenizer_given", [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_trl_calls_the_transfer_reward(as_messages, ids, tokenizer_given, receiver_says):
-    mine, yours = byte_tokenizer(), byte_tokenizer(BRACKETS, reverse=True)
-    texts, asked = ["abcdef", "ghijkl \\boxed{7}"], receiver_says(byte_ids(yours, "\\boxed{7}"))
+    mine = byte_tokenizer()
+    yours = byte_tokenizer(BRACKETS, reverse=True)
+    texts = ["abcdef", "ghijkl \\boxed{7}"]
+    asked = receiver_says(byte_ids(yours, "\\boxed{7}"))
     reward = rltr.TransferReward(
         lm_of(None, yours), mine if tokenizer_given else None, cuts=2, prompt="{question}"
     )
-    prompts, completions = ["1+6?", "3+4?"], texts
+    prompts = ["1+6?", "3+4?"]
+    completions = texts
     if as_messages:
         prompts = [[{"role": "user", "content": p}] for p in prompts]
         completions = [[{"role": "assistant", "content": t}] for t in texts]
     more = {"completion_ids": [byte_ids(mine, t) + [256] for t in texts]} if ids else {}
     got = reward(prompts=prompts, completions=completions, answer=["7", "8"], state=None, **more)
-    assert got == [1.0, 0.0] and all(type(x) is float for x in got) and reward.__name__
+    assert got == [1.0, 0.0]
+    assert all(type(x) is float for x in got)
+    assert reward.__name__
     for i, prompt in enumerate(map(yours.decode, asked.prompts)):
         assert prompt.startswith(["[1+6?]->", "[3+4?]->"][i // 2])
         assert texts[i // 2].startswith(prompt[8:])
@@ -676,16 +954,47 @@ def test_rewards_are_combined_and_the_raw_ones_kept():
     texts = ["\\boxed{7}", "\\boxed{8}", "7", "\\boxed{7}"]
     rows = [rollout(byte_tokenizer(), text) for text in texts]
     rows[3].finished = False
-    rltr.score_answers(rows)
-    for r, transfer in zip(rows, (0.25, 0.5, 1.0, 0.0)):
-        r.r_transfer = transfer
+    rltr.score_answers(rows, Config())
+    assert [r.verdict for r in rows] == ["right", "wrong", "missing", "right"]
+    for r, share in zip(rows, (0.25, 0.5, 1.0, 0.0), strict=True):
+        r.rewards["transfer"] = share
     rltr.combine_rewards(rows, Config(answer_weight=2.0, transfer_weight=4.0, format_weight=8.0))
-    assert [(r.reward, r.r_answer, r.r_format, r.r_transfer) for r in rows] == [
-        (2 + 1 + 8, 1, 1, 0.25),
-        (2 + 8, 0, 1, 0.5),
-        (4, 0, 0, 1.0),
-        (2, 1, 0, 0.0),
+    assert [r.reward for r in rows] == [2 + 1 + 8, 2 + 8, 4, 2]
+    assert [r.rewards for r in rows] == [
+        {"answer": 1, "format": 1, "transfer": 0.25},
+        {"answer": 0, "format": 1, "transfer": 0.5},
+        {"answer": 0, "format": 0, "transfer": 1.0},
+        {"answer": 1, "format": 0, "transfer": 0.0},
     ]
+
+
+def test_a_reward_of_a_fork_has_its_weight_by_name_and_is_logged_by_name():
+    @dataclasses.dataclass
+    class Fork(Config):
+        length_weight: float = 0.5
+
+    rows = [rollout(byte_tokenizer(), text) for text in ("\\boxed{7}", "7")]
+    config = Fork(group=2, answer_weight=1.0, format_weight=0.25)
+    rltr.score_answers(rows, config)
+    for r, length in zip(rows, (4.0, 1.0), strict=True):
+        r.rewards["length"] = length
+    rltr.combine_rewards(rows, config)
+    assert [r.reward for r in rows] == [1 + 0.25 + 2, 0.5]
+    assert rltr.summarize(rows, config)["reward_length"] == 2.5
+
+
+def test_mistake_the_votes_of_the_metrics_count_as_answers_that_cannot_be_read():
+    """Shares are of the rollouts: each is judged once, though summarize compares answers, too."""
+    texts = ["\\boxed{7}", "\\boxed{??}", "no answer", "\\boxed{8}"] * 2
+    rows = [rollout(byte_tokenizer(), text) for text in texts]
+    rltr.score_answers(rows, Config())
+    rltr.combine_rewards(rows, Config())
+    for _ in range(2):
+        metrics = rltr.summarize(rows, Config(group=8))
+        assert metrics["answers_missing"] == 0.25
+        assert metrics["answers_unparsed"] == np.mean([r.verdict == "unparsed" for r in rows])
+        assert metrics["answers_unparsed"] in (0, 0.25)
+        assert metrics["accuracy"] == metrics["reward_answer"] == 0.25
 
 
 def test_advantages_against_numpy():
@@ -708,11 +1017,12 @@ def test_mistake_twelve_rewards_of_1_point_1_have_a_std_and_so_an_advantage(dtyp
 # ------------------------------------------------------------------------------------------- update
 
 
-@pytest.mark.parametrize("chunk", [1, 7, None])
+@pytest.mark.parametrize("chunk", [1, 7, 0])
 @pytest.mark.parametrize("name", ["qwen2, tied, sliding", "gemma2", "granite", "cohere"])
 def test_mistake_logits_of_all_tokens_at_once_and_yet_the_chunks_are_exact(name, chunk):
     model = tiny(KINDS[name][0], **KINDS[name][1])
-    rows, sizes = sampled(model, [0, 1, 0, 1], group=2, high=90), []
+    rows = sampled(model, [0, 1, 0, 1], group=2, high=90)
+    sizes = []
     logits = [
         model(input_ids=torch.tensor([r.prompt + r.tokens]), use_cache=False).logits[
             0, len(r.prompt) - 1 : -1, :90
@@ -720,18 +1030,23 @@ def test_mistake_logits_of_all_tokens_at_once_and_yet_the_chunks_are_exact(name,
         / 0.7
         for r in rows
     ]
-    want = torch.cat([chosen(x.log_softmax(-1), r.tokens) for x, r in zip(logits, rows)])
+    want = torch.cat(
+        [chosen(x.log_softmax(-1), r.tokens) for x, r in zip(logits, rows, strict=True)]
+    )
     entropy = torch.cat([torch.distributions.Categorical(logits=x).entropy() for x in logits])
-    weights, parameters = torch.arange(len(want)) % 5 - 2.0, list(model.parameters())
+    weights = torch.arange(len(want)) % 5 - 2.0
+    parameters = list(model.parameters())
     expected = torch.autograd.grad((want * weights).sum(), parameters)
     model.get_output_embeddings().register_forward_hook(
         lambda m, inputs, out: sizes.append(out.numel() // V)
     )
     got, got_entropy = rltr.completion_logprobs(lm_of(model, vocab_size=90), rows, 0.7, chunk)
-    assert sum(sizes) == len(want) and max(sizes) <= (chunk or len(want))  # no prompt
-    for a, b in zip(torch.autograd.grad((got * weights).sum(), parameters), expected):
+    assert sum(sizes) == len(want)
+    assert max(sizes) <= (chunk or len(want))
+    for a, b in zip(torch.autograd.grad((got * weights).sum(), parameters), expected, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
-    assert torch.allclose(got, want, atol=1e-5) and torch.allclose(got_entropy, entropy, atol=1e-5)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert torch.allclose(got_entropy, entropy, atol=1e-5)
 
 
 def test_the_clipped_objective_on_cases_made_by_hand():
@@ -744,18 +1059,22 @@ def test_the_clipped_objective_on_cases_made_by_hand():
         (1.25, 1.0, 1.25, 1.25),
         (0.85, -2.0, -1.7, -1.7),
     ):
-        logp, old = torch.tensor([-2.0 + np.log(rho)], requires_grad=True), torch.tensor([-2.0])
+        logp = torch.tensor([-2.0 + np.log(rho)], requires_grad=True)
+        old = torch.tensor([-2.0])
         value = rltr.policy_objective(logp, old, torch.tensor([advantage]), 0.2, 0.3)
         value.sum().backward()
-        assert value.item() == pytest.approx(want) and logp.grad.item() == pytest.approx(slope)
+        assert value.item() == pytest.approx(want)
+        assert logp.grad.item() == pytest.approx(slope)
 
 
 def naive_update(model, rollouts, config, vocab_size):
-    """Step 8 by its formula, a token at a time: objective, its gradient, entropies, gaps."""
-    objective, entropies, gaps = 0.0, [], []
-    for r in rollouts:
-        i = rollouts.index(r) // config.group * config.group
-        rewards = np.array([other.reward for other in rollouts[i : i + config.group]])
+    """Step 8 by its formulas, a token at a time: the metrics, and the gradient of the loss."""
+    objective = 0.0
+    entropies = []
+    log_rhos = []
+    for i, r in enumerate(rollouts):
+        group = rollouts[i // config.group * config.group :][: config.group]
+        rewards = np.array([other.reward for other in group])
         if rewards.min() == rewards.max():
             continue  # a dead group
         a = (r.reward - rewards.mean()) / (rewards.std() + 1e-6)
@@ -763,106 +1082,173 @@ def naive_update(model, rollouts, config, vocab_size):
         for t, token in enumerate(r.tokens):
             p = (logits[len(r.prompt) + t - 1, :vocab_size] / config.temperature).softmax(-1)
             rho = p[token] / np.exp(r.logprobs[t])
+            log_rhos.append(rho.log().item())
             rho = min(rho, 1 + config.clip_high) if a > 0 else max(rho, 1 - config.clip_low)
             objective = objective + rho * a
             entropies.append(-(p * p.log()).sum().item())
-            gaps.append(abs(p[token].log().item() - r.logprobs[t]))
-    gradient = torch.autograd.grad(-objective / len(gaps), list(model.parameters()))
-    return objective.item() / len(gaps), torch.cat([g.flatten() for g in gradient]), entropies, gaps
+    gradient = torch.autograd.grad(-objective / len(log_rhos), list(model.parameters()))
+    rhos = np.exp(log_rhos)
+    metrics = {
+        "objective": objective.item() / len(rhos),
+        "entropy": np.mean(entropies),
+        "logprob_gap_mean": np.mean(np.abs(log_rhos)),
+        "logprob_gap_max": np.max(np.abs(log_rhos)),
+        "clip_share": sum(not 1 - config.clip_low <= rho <= 1 + config.clip_high for rho in rhos)
+        / len(rhos),
+        "approx_kl": sum(rho - 1 - np.log(rho) for rho in rhos) / len(rhos),
+    }
+    return metrics, torch.cat([g.flatten() for g in gradient])
+
+
+def same_gradient(got, want, tolerance=1e-5):
+    return (got - want).abs().max() < tolerance * want.abs().max()
 
 
 @pytest.mark.parametrize("in_a_batch", [1, 2, 4, 99])
 def test_mistake_divisor_or_metrics_are_those_of_one_micro_batch_or_of_dead_groups(in_a_batch):
     lm = lm_of(tiny(), vocab_size=90)
-    rewards = [
-        1,
-        0,
-        0,
-        0.1,
-        0.1,
-        0.1,
-        2.1,
-        1.1,
-        0.1,
-        0,
-        0,
-        0,
-        0,
-        1,
-        1,
-    ]  # threes: two of five are dead
-    rows, optimizer = sampled(lm.model, rewards, noise=0.6, high=90), KeepGradient(lm.model)
+    # Groups of three: the second and the fourth are dead.
+    rewards = [1, 0, 0] + [0.1, 0.1, 0.1] + [2.1, 1.1, 0.1] + [0, 0, 0] + [0, 1, 1]
+    rows = sampled(lm.model, rewards, noise=0.6, high=90)
+    optimizer = KeepGradient(lm.model)
     longest = max(len(r.prompt) + len(r.tokens) for r in rows if r.advantage)
     config = Config(group=3, temperature=0.9, token_budget=in_a_batch * longest)
-    objective, gradient, entropies, gaps = naive_update(lm.model, rows, config, 90)
-    assert max(gaps) > 0.5  # so that both clips are at work
+    want, gradient = naive_update(lm.model, rows, config, 90)
+    assert want["logprob_gap_max"] > 0.5  # so that both clips are at work
+    assert 0.1 < want["clip_share"] < 0.9
     metrics = rltr.update(lm, optimizer, rows, config)
-    assert (optimizer.gradient - gradient).abs().max() < 1e-5 * gradient.abs().max()
-    for key, want in (
-        ("objective", objective),
-        ("entropy", np.mean(entropies)),
-        ("logprob_gap_mean", np.mean(gaps)),
-        ("logprob_gap_max", max(gaps)),
-    ):
-        assert metrics[key] == pytest.approx(want, rel=1e-4), key
-
-
-class KeepGradients(KeepGradient):
-    def __init__(self, model):
-        super().__init__(model)
-        self.gradients, self.masters = [], list(model.parameters())
-        self.adam = torch.optim.AdamW(self.masters)
-
-    def step(self, max_norm):
-        self.gradients.append(super().step(max_norm) or self.gradient)
-        return 0.0
+    assert same_gradient(optimizer.gradients[0], gradient)
+    for key, value in want.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-4), key
 
 
 def test_minibatches_split_the_live_groups_and_epochs_repeat_them():
-    lm, config = lm_of(tiny(), vocab_size=90), Config(group=3, epochs=2, minibatches=2)
-    rows = sampled(lm.model, [1, 0, 0, 2, 2, 2, 2.1, 1.1, 0.1, 0, 1, 1], noise=0.6, high=90)
-    optimizer = KeepGradients(lm.model)  # it makes no step: the policy stays the same
+    lm = lm_of(tiny(), vocab_size=90)
+    config = Config(group=3, epochs=2, minibatches=2)
+    rewards = [1, 0, 0, 2, 2, 2, 2.1, 1.1, 0.1, 0, 1, 1]  # the second group is dead
+    rows = sampled(lm.model, rewards, noise=0.6, high=90)
+    optimizer = KeepGradient(lm.model)  # it makes no step: the policy stays the same
     metrics = rltr.update(lm, optimizer, rows, config)
-    halves = [
-        naive_update(lm.model, part, config, 90)[1] for part in (rows[:3] + rows[9:], rows[6:9])
-    ]
-    for got, want in zip(optimizer.gradients, halves + halves, strict=True):
-        assert (got - want).abs().max() < 1e-5 * want.abs().max()
-    assert metrics["entropy"] == pytest.approx(np.mean(naive_update(lm.model, rows, config, 90)[2]))
+    first = naive_update(lm.model, rows[:3] + rows[9:], config, 90)[1]
+    second = naive_update(lm.model, rows[6:9], config, 90)[1]
+    for got, want in zip(optimizer.gradients, [first, second, first, second], strict=True):
+        assert same_gradient(got, want)
+    for key, value in naive_update(lm.model, rows, config, 90)[0].items():
+        assert metrics[key] == pytest.approx(value, rel=1e-4), key
 
 
-def test_out_of_memory_halves_the_token_budget_and_repeats_the_step(monkeypatch, capsys):
-    lm, config = lm_of(tiny(), vocab_size=90), Config(group=3, token_budget=400)
-    rows, seen = sampled(lm.model, [1, 0, 0, 0, 1, 1] * 5, high=90), []
-    logprobs = rltr.completion_logprobs
-    most, optimizer = 70, KeepGradients(lm.model)
+def test_on_policy_the_ratio_is_1_and_with_minibatches_the_policy_moves_away():
+    lm = lm_of(tiny())
+    rows = sampled(lm.model, [1, 0, 0, 1, 0, 1])
+    first = rltr.update(lm, rltr.MasterAdamW(lm.model, 0.01), rows, Config(group=3))
+    assert first["clip_share"] == 0
+    assert abs(first["approx_kl"]) < 1e-6
+    rows = sampled(lm.model, [1, 0, 0, 1, 0, 1])
+    config = Config(group=3, minibatches=2, epochs=2)
+    later = rltr.update(lm, rltr.MasterAdamW(lm.model, 0.01), rows, config)
+    assert later["clip_share"] > 0.1
+    assert later["approx_kl"] > 0.01
 
-    def limited(lm, batch, *a):
-        seen.append(len(batch) * max(len(r.prompt) + len(r.tokens) for r in batch))
-        if len(seen) % 2 == 0 and seen[-1] > most:  # the first one fits
+
+class OutOfMemory:
+    """A machine whose memory holds `most` padded tokens in a micro-batch, and that runs out of it
+    in the forward pass, the backward pass or half-way through the gradients of the weights. It does
+    so in every second micro-batch only: the first leaves its gradients."""
+
+    def __init__(self, model, where):
+        self.where = where
+        self.most = 10**9
+        self.shapes = []
+        self.too_large = 0
+        self.gradients = 0
+        model.get_input_embeddings().register_forward_hook(self.forward)
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(self.gradient)
+
+    def run_out(self, where):
+        rows, length = self.shapes[-1]
+        if where == self.where and rows * length > self.most and self.too_large % 2 == 0:
             raise torch.OutOfMemoryError
-        return logprobs(lm, batch, *a)
 
-    monkeypatch.setattr(rltr, "completion_logprobs", limited)
-    rltr.update(lm, optimizer, rows, config)
-    want = naive_update(lm.model, rows, config, 90)[1]
-    assert (optimizer.gradient - want).abs().max() < 1e-5 * want.abs().max()
-    assert config.token_budget in (50, 100, 200) and "--token-budget 200" in capsys.readouterr().out
+    def forward(self, module, inputs, states):
+        self.shapes.append(tuple(inputs[0].shape))
+        self.too_large += inputs[0].numel() > self.most
+        self.gradients = 0
+        self.run_out("forward")
+        if states.requires_grad:
+            states.register_hook(self.backward)
 
-    monkeypatch.setattr(rltr, "completion_logprobs", logprobs)  # what a run on CUDA starts with
-    shapes, longest = embedded(lm.model), random_prompts(9, 30, 4)
-    rltr.rehearse(
-        lm, optimizer, [(None, p) for p in longest], Config(token_budget=200, max_new_tokens=20)
-    )
-    assert [(b, t) for b, t in shapes] == [(4, 49), (1, 49)]
-    assert not any(p.grad is not None and p.grad.any() for p in lm.model.parameters())
+    def backward(self, gradient):
+        self.run_out("backward")
 
-    def never(*a):
-        raise torch.OutOfMemoryError
+    def gradient(self, weight):
+        self.gradients += 1
+        if self.gradients > 5:
+            self.run_out("gradients")
 
-    monkeypatch.setattr(rltr, "completion_logprobs", never)
-    with pytest.raises(UserError, match="gradient-checkpointing"):
-        rltr.update(lm, optimizer, rows, config)
+
+def gradient_of(lm, optimizer, rows, config):
+    """What the optimizer would make a step with."""
+    kept = []
+    step = optimizer.adam.step
+    optimizer.adam.step = lambda: kept.extend(master.grad.flatten() for master in optimizer.masters)
+    rltr.add_gradient(lm, rows, config)
+    optimizer.step(1e9)
+    optimizer.adam.step = step
+    return torch.cat(kept)
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    """What find_token_budget asks of the GPU."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *device: None)
+
+
+@pytest.mark.parametrize(
+    "where, dtype, given",
+    [
+        ("forward", torch.float32, 400),
+        ("forward", torch.bfloat16, 400),
+        ("backward", torch.float32, 400),
+        ("backward", torch.bfloat16, 1600),
+        ("gradients", torch.float32, 400),
+        ("gradients", torch.bfloat16, 400),
+        ("forward", torch.float32, 100),
+    ],
+)
+def test_the_token_budget_is_halved_until_two_full_micro_batches_fit(
+    where, dtype, given, without_cuda
+):
+    lm = lm_of(tiny().to(dtype))
+    memory = OutOfMemory(lm.model, where)
+    optimizer = rltr.MasterAdamW(lm.model, 1e-3)
+    rows = sampled(lm.model, [1, 0, 0, 0, 1, 1] * 3)
+    unlimited = gradient_of(lm, optimizer, rows, Config(token_budget=10**6))
+
+    memory.most = 100
+    tasks = [(None, prompt) for prompt in random_prompts(9, 30, 4)]
+    config = Config(token_budget=given, max_new_tokens=20)  # so the longest row has 50 tokens
+    budget = rltr.find_token_budget(lm, optimizer, tasks, config)
+    assert budget == 100
+    assert config.token_budget == given
+    assert memory.shapes[-2:] == [(2, 49)] * 2  # two, for the second one meets the gradients
+    assert (given > 100) == (memory.too_large > 0)
+    weights = [*lm.model.parameters(), *optimizer.masters]
+    assert not optimizer.sums
+    assert all(weight.grad is None for weight in weights)
+
+    limited = gradient_of(lm, optimizer, rows, Config(token_budget=budget))
+    assert same_gradient(limited, unlimited, 1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_memory_that_holds_no_row_is_said_at_once(where, without_cuda):
+    lm = lm_of(tiny())
+    optimizer = rltr.MasterAdamW(lm.model, 1e-3)
+    OutOfMemory(lm.model, where).most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        rltr.find_token_budget(lm, optimizer, [(None, [1, 2])], Config(max_new_tokens=20))
+    assert all(p.grad is None for p in lm.model.parameters())
 
 
 def test_mistake_memory_runs_out_after_hours_because_a_longer_batch_comes_late():
@@ -873,7 +1259,8 @@ def test_mistake_memory_runs_out_after_hours_because_a_longer_batch_comes_late()
         assert sorted(sum(batches, [])) == sorted(sizes)
         assert all(len(b) * max(sizes[i] for i in b) <= budget or len(b) == 1 for b in batches)
         assert [sizes[i] for b in batches for i in b] == sorted(sizes.values(), reverse=True)
-    assert len(rltr.micro_batches(rows, 1)) == 40 and len(batches) == 1
+    assert len(rltr.micro_batches(rows, 1)) == 40
+    assert len(batches) == 1
 
 
 def test_mistake_the_stop_token_is_not_trained_because_it_is_the_pad_token():
@@ -894,13 +1281,18 @@ def test_neither_dead_groups_nor_a_gradient_that_is_not_finite_change_anything()
     lm = lm_of(tiny())
     optimizer = rltr.MasterAdamW(lm.model, 1e-2, weight_decay=0.5)
     before = [p.clone() for p in lm.model.parameters()]
-    dead, broken = sampled(lm.model, [1, 1, 1, 0.1, 0.1, 0.1]), sampled(lm.model, [0, 1, 1])
+    dead = sampled(lm.model, [1, 1, 1, 0.1, 0.1, 0.1])
+    broken = sampled(lm.model, [0, 1, 1])
     broken[0].advantage = float("nan")
-    assert rltr.update(lm, optimizer, dead, Config(group=3))["grad_norm"] is None
-    rltr.update(lm, optimizer, broken, Config(group=3))
-    assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters()))
+    metrics = rltr.update(lm, optimizer, dead, Config(group=3))
+    assert (metrics["grad_norm"], metrics["skipped"]) == (None, 0)
+    metrics = rltr.update(lm, optimizer, broken, Config(group=3))
+    assert (metrics["grad_norm"], metrics["skipped"]) == (None, 1)
+    after = list(lm.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not optimizer.adam.state
     rltr.update(lm, optimizer, sampled(lm.model, [0, 1, 1]), Config(group=3))
-    assert not any(torch.equal(a, b) for a, b in zip(before, lm.model.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_mistake_bf16_weights_do_not_move_at_lr_1e_6():
@@ -916,11 +1308,13 @@ def test_mistake_bf16_weights_do_not_move_at_lr_1e_6():
         return layer.weight.detach().clone()
 
     torch.manual_seed(0)
-    direction, start = torch.randn(16, 16).bfloat16(), torch.rand(16, 16).bfloat16() / 64 + 1 / 64
+    direction = torch.randn(16, 16).bfloat16()
+    start = torch.rand(16, 16).bfloat16() / 64 + 1 / 64
     fp32, bf16, plain, again = map(layer, (torch.float32, *[torch.bfloat16] * 3))
     naive = torch.optim.AdamW(plain.parameters(), 1e-6)
     assert torch.equal(train(plain, lambda norm: naive.step()), start)
-    ours, exact = rltr.MasterAdamW(bf16, 1e-6, device="cpu"), rltr.MasterAdamW(fp32, 1e-6)
+    ours = rltr.MasterAdamW(bf16, 1e-6, offload=True)
+    exact = rltr.MasterAdamW(fp32, 1e-6)
     moved = train(bf16, ours.step)
     assert torch.equal(moved, train(fp32, exact.step).bfloat16())
     assert (moved != start).float().mean() > 0.5
@@ -945,6 +1339,15 @@ def test_the_gradient_is_clipped_to_the_norm_and_cleared():
     assert torch.allclose(mean, torch.tensor([[0.6, 0.8]]), atol=1e-5)
 
 
+def test_the_model_does_not_keep_the_optimizer_in_memory():
+    layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    optimizer = rltr.MasterAdamW(layer, 1e-3)
+    master = weakref.ref(optimizer.masters[0])
+    del optimizer
+    gc.collect()
+    assert master() is None
+
+
 # --------------------------------------------------------------------------------------------- runs
 
 
@@ -963,18 +1366,26 @@ def task(tmp_path_factory):
     return folder
 
 
-def run(task, out, flags=""):
+def arguments(task, out, flags=""):
     given = f"""--model {task}/generator --receiver {task}/receiver --data {task}/train.jsonl
         --out {out} --prompt {{question}} --steps 4 --prompts 2 --group 4 --max-new-tokens 28
         --cuts 2 --lr 1e-3 --save-every 2 --device cpu {flags}"""
-    return rltr.main(given.split())
+    return given.split()
+
+
+def run(task, out, flags=""):
+    return rltr.main(arguments(task, out, flags))
 
 
 def read(out, name):
     """Lines of metrics.jsonl or rollouts.jsonl, without what differs from run to run."""
-    rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line, parse_constant=no_number) for line in (out / f"{name}.jsonl").open()]
     differs = ("seconds", "tokens_per", "peak")
     return [{k: v for k, v in row.items() if not k.startswith(differs)} for row in rows]
+
+
+def no_number(word):
+    raise AssertionError(f"{word} is not JSON")
 
 
 def flat(model):
@@ -994,6 +1405,7 @@ def whole(task, tmp_path_factory):
 
 def test_the_folder_of_a_run(task, whole):
     assert {str(file.relative_to(whole)) for file in (*whole.glob("*"), *whole.glob("c*/*"))} == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "rollouts.jsonl",
@@ -1002,7 +1414,6 @@ def test_the_folder_of_a_run(task, whole):
         "checkpoints/step-000002",
         "checkpoints/step-000004",
     }
-    assert json.loads((whole / "config.json").read_text())["lr"] == 1e-3
     assert [m["step"] for m in read(whole, "metrics")] == [1, 2, 3, 4]
     final = weights(whole / "final")
     assert torch.equal(final, weights(whole / "checkpoints/step-000004"))
@@ -1011,64 +1422,182 @@ def test_the_folder_of_a_run(task, whole):
     assert tokenizer.decode(tokenizer.encode("Q1>*6;")) == "Q1>*6;"
 
 
+def test_config_json_is_what_the_user_set_and_the_defaults(task, whole):
+    """Not what this machine made of it: rows and token budget that fit the memory."""
+    config = json.loads((whole / "config.json").read_text())
+    assert config == {
+        **vars(Config()),
+        "model": f"{task}/generator",
+        "receiver": f"{task}/receiver",
+        "data": f"{task}/train.jsonl",
+        "out": str(whole),
+        "prompt": "{question}",
+        "steps": 4,
+        "prompts": 2,
+        "group": 4,
+        "max_new_tokens": 28,
+        "cuts": 2,
+        "lr": 1e-3,
+        "save_every": 2,
+        "device": "cpu",
+    }
+    assert (config["token_budget"], config["max_rows"]) == (0, 0)
+
+
+def test_mistake_the_warm_up_starts_at_0(task, whole, tmp_path):
+    assert [m["lr"] for m in read(whole, "metrics")] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
+    assert run(task, tmp_path / "b", "--steps 2 --warmup 1") == 0
+    assert [m["lr"] for m in read(tmp_path / "b", "metrics")] == [1e-3, 1e-3]
+    # Adam's first step is the learning rate, wherever the gradient is not tiny.
+    assert run(task, tmp_path / "c", "--steps 1 --warmup 4") == 0
+    moved = weights(tmp_path / "c/final") - weights(task / "generator")
+    assert moved.abs().max().item() == pytest.approx(1e-3 / 4, rel=0.01)
+
+
+def test_rollouts_and_continuations_of_a_run_have_random_numbers_of_their_own(
+    task, tmp_path, monkeypatch
+):
+    seeds = []
+
+    def spy(*given, seed, **settings):
+        seeds.append(seed)
+        return generate(*given, seed=seed, **settings)
+
+    def lowest_tau(*keys):
+        return Lowest() if keys[1] == rltr.CUT else rng(*keys)
+
+    rng = rltr.rng
+    monkeypatch.setattr(rltr, "check_model", lambda lm: None)  # generates, too
+    monkeypatch.setattr(rltr, "generate", spy)
+    monkeypatch.setattr(rltr, "rng", lowest_tau)
+    assert run(task, tmp_path / "b", "--steps 2") == 0
+    assert len(seeds) == len(set(seeds)) == 4  # generator and receiver, two steps
+    cuts = [cut for r in read(tmp_path / "b", "rollouts") for cut in r["cuts"]]
+    assert {cut["tau"] for cut in cuts} == {1.0}  # the lowest random number, 0, gives tau = 1
+
+
 def test_what_is_logged_is_what_happened(task, tmp_path):
     assert run(task, tmp_path / "a", "--prompts 1 --group 8 --transfer-weight 3") == 0
-    tokenizer, right, alive = rltr.tiny_tokenizer(), rltr.is_correct, 0
+    tokenizer = rltr.tiny_tokenizer()
+    right = rltr.is_correct
+    rewards_by_name = {"answer": 1, "transfer": 3, "format": 0.1}  # and their weights
+    alive = 0
     for metrics in read(tmp_path / "a", "metrics"):
         rows = [r for r in read(tmp_path / "a", "rollouts") if r["step"] == metrics["step"]]
-        column = {
-            name: np.array([r[name] for r in rows], float)
-            for name in ("reward", "advantage", "r_answer", "r_transfer", "r_format", "finished")
-        }
-        cuts, rewards = [c for r in rows for c in r["cuts"]], column["reward"]
-        assert np.allclose(
-            rewards,
-            sum(
-                w * column[name]
-                for w, name in ((1, "r_answer"), (3, "r_transfer"), (0.1, "r_format"))
-            ),
-        )
-        assert np.allclose(column["advantage"], (rewards - rewards.mean()) / (rewards.std() + 1e-6))
+        cuts = [c for r in rows for c in r["cuts"]]
+        column = {name: np.array([r["rewards"][name] for r in rows]) for name in rewards_by_name}
+        rewards = np.array([r["reward"] for r in rows])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        assert np.allclose(rewards, sum(w * column[name] for name, w in rewards_by_name.items()))
+        assert np.allclose([r["advantage"] for r in rows], advantages)
+        assert len(rows) == 8
         for r in rows:
-            gold, tokens, text = r["problem"]["answer"], r["tokens"], r["text"]
-            assert text == rltr.decode(tokenizer, tokens) and r["finished"] == (tokens[-1] == 1)
-            assert r["r_answer"] == right(text, gold) and len(r["cuts"]) == 2 and len(rows) == 8
-            assert r["r_transfer"] == np.mean([c["correct"] for c in r["cuts"]])
+            gold = r["problem"]["answer"]
+            tokens = r["tokens"]
+            text = r["text"]
+            assert text == rltr.decode(tokenizer, tokens)
+            assert r["finished"] == (tokens[-1] == 1)
+            assert r["rewards"]["answer"] == right(text, gold) == (r["verdict"] == "right")
+            assert (r["verdict"] == "missing") == (rltr.extract_answer(text) is None)
+            assert r["rewards"]["format"] == (r["finished"] and r["verdict"] != "missing")
+            assert len(r["cuts"]) == 2
+            assert r["rewards"]["transfer"] == np.mean([c["correct"] for c in r["cuts"]])
             for c in r["cuts"]:
                 assert c["prefix_length"] == int(c["tau"] * (len(tokens) - r["finished"]))
                 assert c["prefix"] == rltr.decode(tokenizer, tokens[: c["prefix_length"]])
                 assert c["correct"] == right(c["prefix"] + c["continuation"], gold)
-        low = [c["correct"] for c in cuts if 0.25 < c["tau"] <= 0.5]
         for name, values in {
             "reward": rewards,
-            "accuracy": column["r_answer"],
-            "transfer": column["r_transfer"],
-            "format": column["r_format"],
-            "finished": column["finished"],
+            "accuracy": column["answer"],
+            "transfer": column["transfer"],
+            "reward_answer": column["answer"],
+            "reward_transfer": column["transfer"],
+            "reward_format": column["format"],
+            "answers_missing": [r["verdict"] == "missing" for r in rows],
+            "answers_unparsed": [r["verdict"] == "unparsed" for r in rows],
+            "finished": [r["finished"] for r in rows],
             "leak": [c["leaked"] for c in cuts],
+            "transfer_unleaked": [c["correct"] for c in cuts if not c["leaked"]],
             "length": [len(r["tokens"]) for r in rows],
             "dead_groups": np.ptp(rewards) == 0,
-            "transfer_tau_0.25_0.5": low,
+            "transfer_tau_0.25_0.5": [c["correct"] for c in cuts if 0.25 < c["tau"] <= 0.5],
         }.items():
             want = pytest.approx(np.mean(values)) if np.size(values) else None
             assert metrics[name] == want, name
         alive += not metrics["dead_groups"]
-        assert metrics["dead_groups"] or metrics["logprob_gap_max"] < 1e-3
+        if not metrics["dead_groups"]:  # on-policy
+            assert metrics["logprob_gap_max"] < 1e-3
+            assert metrics["clip_share"] == 0
     assert alive
 
 
 def test_rlvr_loads_no_receiver_and_self_is_a_frozen_copy(task, tmp_path, monkeypatch):
     assert run(task, tmp_path / "b", "--transfer-weight 0 --receiver does/not-exist --steps 2") == 0
-    assert not any(r["cuts"] or r["r_transfer"] for r in read(tmp_path / "b", "rollouts"))
-    loaded, load = [], rltr.load_lm
-    monkeypatch.setattr(rltr, "load_lm", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    for r in read(tmp_path / "b", "rollouts"):
+        assert not r["cuts"]
+        assert set(r["rewards"]) == {"answer", "format"}
+    assert not any("transfer" in name for m in read(tmp_path / "b", "metrics") for name in m)
+    loaded = []
+    load = rltr.load_lm
+
+    def spy(*given):
+        loaded.append(load(*given))
+        return loaded[-1]
+
+    monkeypatch.setattr(rltr, "load_lm", spy)
     assert run(task, tmp_path / "c", "--receiver self --steps 2") == 0
     trained, frozen = (flat(lm.model) for lm in loaded)
-    assert torch.equal(frozen, weights(task / "generator")) and not torch.equal(trained, frozen)
+    assert torch.equal(frozen, weights(task / "generator"))
+    assert not torch.equal(trained, frozen)
+
+
+@pytest.fixture
+def closing_tables(monkeypatch):
+    """Commands that would have made the table at the end of a run; they exit with `.code`, or
+    cannot be started."""
+
+    class Commands(list):
+        code = 0
+
+        def run(self, command, **settings):
+            self.append(command)
+            if self.code is None:
+                raise OSError(12, "Cannot allocate memory")
+            if settings.get("check") and self.code:
+                raise subprocess.CalledProcessError(self.code, command)
+            return subprocess.CompletedProcess(command, self.code)
+
+    commands = Commands()
+    monkeypatch.setattr(rltr.subprocess, "run", commands.run)
+    return commands
+
+
+def test_the_closing_table_is_a_process_and_its_failure_does_not_hide_the_success(
+    task, tmp_path, closing_tables, capfd
+):
+    script = rltr.Path(rltr.__file__).with_name("eval.py")
+    for code in (0, 1, None):
+        closing_tables.code = code
+        out = tmp_path / str(code)
+        assert run(task, out, f"--steps 1 --eval-data {task}/train.jsonl") == 0
+        assert closing_tables.pop() == [sys.executable, str(script), "--run", str(out)]
+        assert (out / "final/model.safetensors").exists()
+        assert (f"eval.py --run {out}" in capfd.readouterr().out) == (code != 0)
+    assert run(task, tmp_path / "no-table", "--steps 1") == 0
+    assert not closing_tables
+
+
+def test_without_a_transfer_reward_a_missing_receiver_does_not_fail_the_closing_table_or_the_run(
+    task, tmp_path, capfd
+):
+    flags = "--transfer-weight 0 --receiver does/not-exist --steps 1 --eval-k 2"
+    assert run(task, tmp_path / "b", f"{flags} --eval-data {task}/train.jsonl") == 0
+    assert "no closing table" not in capfd.readouterr().out
 
 
 def fail_in_the_second_checkpoint(monkeypatch, error):
-    save, calls = torch.save, []
+    save = torch.save
+    calls = []
 
     def failing(*arguments, **settings):
         calls.append(1)
@@ -1084,7 +1613,8 @@ def test_mistake_resume_repeats_a_batch_or_reseeds(task, whole, tmp_path, monkey
     assert forked(lambda: run(task, tmp_path / "b")) != 0
     monkeypatch.undo()
     out = tmp_path / "b"
-    assert len(read(out, "metrics")) == 4 and not (out / "final").exists()
+    assert len(read(out, "metrics")) == 4
+    assert not (out / "final").exists()
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')  # and a line cut off
     assert rltr.main(["--resume", str(out)]) == 0
@@ -1101,41 +1631,6 @@ def test_mistake_resume_repeats_a_batch_or_reseeds(task, whole, tmp_path, monkey
     assert rltr.main(["--resume", str(tmp_path / "nothing")]) == 2
 
 
-def test_two_processes_make_the_rollouts_and_gradient_of_one(task, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    flags = f"--steps 1 --prompts 3 --eval-data {task}/train.jsonl --eval-k 2 --seed 1"
-    assert run(task, tmp_path / "one", flags) == 0
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    capfd.readouterr()
-    monkeypatch.setattr(
-        rltr,
-        "main",
-        lambda argv: (
-            subprocess.run(
-                [sys.executable, *command, rltr.__file__, *argv],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            ).returncode
-        ),
-    )
-    assert run(task, tmp_path / "two", flags) == 0
-    assert capfd.readouterr().out.count("trained model") == 1  # one of them speaks
-    one, two = tmp_path / "one", tmp_path / "two"
-    for a, b in zip(read(one, "rollouts"), read(two, "rollouts"), strict=True):
-        assert a.pop("logprobs") == pytest.approx(b.pop("logprobs"), abs=1e-5) and a == b
-    for a, b in zip(read(one, "metrics"), read(two, "metrics"), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    first, second = (
-        torch.load(folder / "checkpoints/step-000001/optimizer.pt")["adam"]["state"]
-        for folder in (one, two)
-    )
-    for i in first:
-        assert torch.allclose(first[i]["exp_avg"], second[i]["exp_avg"], rtol=0, atol=1e-6)
-    before, after = (
-        json.loads((out / "evaluation.json").read_text())["before"] for out in (one, two)
-    )
-    assert before == after  # the same texts
-
-
 def test_two_steps_and_a_resume_to_four_are_four_steps(task, whole, tmp_path):
     assert run(task, tmp_path / "b", "--steps 2") == 0
     assert rltr.main(["--resume", str(tmp_path / "b"), "--steps", "4"]) == 0
@@ -1143,14 +1638,86 @@ def test_two_steps_and_a_resume_to_four_are_four_steps(task, whole, tmp_path):
     assert torch.equal(weights(tmp_path / "b/final"), weights(whole / "final"))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_resume_accepts_the_memory_knobs_which_change_nothing(task, whole, tmp_path):
+    assert forked(lambda: run(task, tmp_path / "b", "--steps 2")) == 0
+    knobs = "--token-budget 60 --max-rows 3 --gradient-checkpointing --offload --device cpu"
+    given = f"--resume {tmp_path / 'b'} --steps 4 --keep 5 --save-every 1 {knobs}"
+    assert rltr.main(given.split()) == 0
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    assert (config["token_budget"], config["max_rows"], config["offload"]) == (60, 3, True)
+    for name in ("step", "tau", "text", "continuation", "rewards", "tokens"):
+        ours = [r.get(name) for r in read(tmp_path / "b", "rollouts")]
+        assert ours == [r.get(name) for r in read(whole, "rollouts")], name
+    final = weights(tmp_path / "b/final")
+    assert torch.allclose(final, weights(whole / "final"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--lr 0.1", "--seed 1", "--cuts 1", "--prompts 3", "--no-normalize-std", "--model x"],
+)
+def test_resume_refuses_what_would_be_another_run(change, whole, capfd):
+    assert rltr.main(["--resume", str(whole), "--steps", "5", *change.split()]) == 2
+    [error] = capfd.readouterr().err.splitlines()
+    assert change.split()[0].strip("-").removeprefix("no-").replace("-", "_") in error
+    assert len(read(whole, "metrics")) == 4
+
+
+def test_resume_refuses_settings_that_are_missing_unknown_or_of_the_wrong_kind(
+    whole, tmp_path, capfd
+):
+    saved = json.loads((whole / "config.json").read_text())
+    without = {name: value for name, value in saved.items() if name != "clip_low"}
+    for config, word in (
+        (without, "clip_low"),  # a fork's new field: not its default in silence
+        (saved | {"length_weight": 1.0}, "length_weight"),
+        (saved | {"lr": "1e-3"}, "lr"),
+        (saved | {"steps": True}, "steps"),
+        (saved | {"cuts": 0}, "cuts"),
+        ([], "resume"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert rltr.main(["--resume", str(tmp_path)]) == 2
+        [error] = capfd.readouterr().err.splitlines()
+        assert word in error
+
+
+def test_settings_from_a_program_are_checked_like_those_of_the_command_line(task, tmp_path):
+    good = {"model": f"{task}/generator", "out": str(tmp_path / "b"), "device": "cpu"}
+    for name, value in {"steps": "3", "lr": None, "group": 1, "offload": 1, "clip_low": 2}.items():
+        with pytest.raises(UserError, match=name.replace("_", "-")):
+            rltr.train(Config(**good | {name: value}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_model_tiny_settings_replace_what_the_user_did_not_set(task, tmp_path, monkeypatch):
     monkeypatch.setattr(rltr, "make_tiny", lambda seed: task)
     monkeypatch.chdir(tmp_path)
-    assert rltr.main([*"--steps 1 --prompts 2 --cuts 3 --out a --eval-data".split(), ""]) == 0
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    given = {"steps": 1, "prompts": 2, "cuts": 3, "eval_data": "", "max_rows": 512}  # resolved
-    for key, want in {**vars(Config()), **rltr.TINY, **given, "out": "a"}.items():
-        assert config[key] == (want.replace("tiny/", f"{task}/") if isinstance(want, str) else want)
+    flags = ["--steps", "1", "--prompts", "2", "--cuts", "3", "--out", "tiny/x", "--eval-data", ""]
+    assert rltr.main(flags) == 0
+    assert (tmp_path / "tiny/x/final").is_dir()
+    config = json.loads((tmp_path / "tiny/x/config.json").read_text())
+    given = {"steps": 1, "prompts": 2, "cuts": 3, "eval_data": "", "out": "tiny/x"}
+    for key, want in {**vars(Config()), **rltr.TINY, **given}.items():
+        if isinstance(want, str):
+            want = want.replace("{tiny}", str(task))
+        assert config[key] == want
+
+
+def test_mistake_settings_that_begin_with_tiny_are_taken_for_the_tiny_task(
+    task, tmp_path, monkeypatch
+):
+    def never(seed):
+        raise AssertionError("not asked for")
+
+    monkeypatch.setattr(rltr, "make_tiny", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(task)
+    (tmp_path / "runs").mkdir()
+    assert run("tiny", "runs/../tiny/x", "--steps 1") == 0  # a model, a receiver, data, a folder
+    assert (task / "x/final").is_dir()
+    rltr.shutil.rmtree(task / "x")
 
 
 BAD = {
@@ -1211,12 +1778,13 @@ BAD = {
 @pytest.fixture(scope="session")
 def odd(task, tmp_path_factory):
     """Model folders that cannot be used, each in another way."""
-    folder, tokenizer = tmp_path_factory.mktemp("odd"), rltr.tiny_tokenizer()
+    folder = tmp_path_factory.mktemp("odd")
+    tokenizer = rltr.tiny_tokenizer()
 
     def save(name, model, tokenizer=tokenizer):
         rltr.save_lm(lm_of(model, tokenizer), folder / name)
 
-    small = dict(vocab_size=len(tokenizer), eos_token_id=1)
+    small = {"vocab_size": len(tokenizer), "eos_token_id": 1}
     save("short", tiny(max_position_embeddings=9, **small))
     model = tiny(**small)
     model.lm_head.weight.data[3] = torch.nan
@@ -1240,6 +1808,27 @@ def odd(task, tmp_path_factory):
     weights.write_bytes(weights.read_bytes()[:-100])
     (folder / "config/config.json").write_text("{")
     return folder
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "another shape"])
+def test_mistake_weights_that_are_not_those_of_the_config_are_loaded_or_made_up(change, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = rltr.tiny_tokenizer()
+    model = tiny(vocab_size=len(tokenizer), eos_token_id=1)
+    rltr.save_lm(lm_of(model, tokenizer), tmp_path)
+    assert rltr.load_lm(str(tmp_path)).stop_ids == (1,)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "unexpected":
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2)
+    else:
+        tensors[name] = tensors[name][:5].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        rltr.load_lm(str(tmp_path))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -1267,14 +1856,10 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, odd, tmp_path, 
     before = sorted(tmp_path.rglob("*"))
     assert run(task, tmp_path / "out", BAD[case].format(tmp=tmp_path, odd=odd)) == 2
     [error] = capfd.readouterr().err.splitlines()
-    assert error.startswith("rltr: ") and len(error) > 25
+    assert error.startswith("rltr: ")
+    assert len(error) > 25
     assert sorted(tmp_path.rglob("*")) == before  # no half-made run is left behind
     assert not (odd / "executed").exists()
-
-
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(UserError):
-        rltr.main(["--model", str(tmp_path), "--debug"])
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -1288,7 +1873,7 @@ def forked(function, limit=None, timer=None):
     """The exit code of the function in a process of its own, -9 if that was killed."""
 
     def child():
-        rltr.tqdm.set_lock(rltr.threading.RLock())  # not the parent's: the dead never release it
+        rltr.tqdm.set_lock(threading.RLock())  # not the parent's: the dead never release it
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if timer:
@@ -1321,54 +1906,58 @@ def resumes_to(whole, out):
         (rltr, "sample_rollouts", 4),
         (rltr, "save_lm", 1),
         (torch, "save", 2),
-        (rltr, "flush", 12),
+        (rltr, "write_file", 3),
+        (rltr.Path, "replace", 1),
         (rltr.Path, "rename", 1),
         (rltr.Path, "rename", 2),
+        (rltr.Path, "rename", 3),
         (rltr.shutil, "rmtree", 3),
         (rltr.Run, "log", 4),
-        (rltr.Path, "replace", 1),
-        (evaluation, "before_and_after", 1),
+        (rltr.subprocess, "run", 1),
     ],
 )
 def test_kill_at_a_chosen_moment(where, name, call, task, whole, tmp_path):
+    out = tmp_path / "b"
+    at_the_table = where is rltr.subprocess  # the training is over
+
     def die_at_call():
-        calls, real = itertools.count(1), getattr(where, name)
-        setattr(where, name, lambda *a, **k: die() if next(calls) == call else real(*a, **k))
-        return run(task, tmp_path / "b", "--eval-data x" if where is evaluation else "")
+        calls = itertools.count(1)
+        real = getattr(where, name)
 
-    if where is evaluation:  # the training is over
-        data = f"--eval-data {task}/train.jsonl"
+        def function(*given, **settings):
+            if next(calls) == call:
+                die()
+            return real(*given, **settings)
 
-        def die_at_call():
-            evaluation.before_and_after = die
-            return run(task, tmp_path / "b", data)
+        setattr(where, name, function)
+        return run(task, out, f"--eval-data {task}/train.jsonl" if at_the_table else "")
 
     assert forked(die_at_call) == -9
-    if name == "replace":  # the very first files of the run
-        assert run(task, tmp_path / "b") == 2
-    if where is evaluation:
-        assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--eval-data", ""])) == 0
-    if (tmp_path / "b/config.json").exists():
-        resumes_to(whole, tmp_path / "b")
+    if at_the_table:
+        assert forked(lambda: rltr.main(["--resume", str(out), "--eval-data", ""])) == 0
+    if (out / "config.json").exists():
+        resumes_to(whole, out)
+    else:  # the very first file was being written
+        assert run(task, out) == 2
 
 
 def kill_at_random(task, whole, out, kills, seed):
     """So many deaths in one run, at moments of a steady kind of randomness; then it is finished."""
-    source, died = random.Random(seed), 0
+    source = random.Random(seed)
+    died = 0
     while died < kills:
-        resume = (out / "config.json").exists()
-        if not resume:
+        if (out / "config.json").exists():
+            start = ["--resume", str(out)]
+        else:
+            start = arguments(task, out)
             rltr.shutil.rmtree(out, ignore_errors=True)
-        code = forked(
-            lambda: rltr.main(["--resume", str(out)]) if resume else run(task, out),
-            timer=source.uniform(0.02, 1.0),
-        )
-        died += code != 0
+        code = forked(functools.partial(rltr.main, start), timer=source.uniform(0.02, 1.0))
         assert code in (0, -signal.SIGALRM)
-        steps = [m["step"] for m in read(out, "metrics")] if code == 0 else []
-        assert code != 0 or steps == [1, 2, 3, 4]
         if code == 0:  # survived: begin once more
+            assert [m["step"] for m in read(out, "metrics")] == [1, 2, 3, 4]
             rltr.shutil.rmtree(out)
+        else:
+            died += 1
     if (out / "config.json").exists():
         resumes_to(whole, out)
 
@@ -1389,47 +1978,63 @@ def test_soak_twenty_kills_at_random_moments(task, whole, tmp_path, request):
     kill_at_random(task, whole, tmp_path / "b", 20, seed=1)
 
 
-def test_a_full_disk_is_said_and_training_goes_on(task, whole, tmp_path, capfd, monkeypatch):
-    for size in (9_000, 60_000):  # of any file: even logs break off; weights do not fit
-        out = tmp_path / str(size)
-        assert forked(lambda: run(task, out), limit=size) == 2
-        err = capfd.readouterr().err
-        assert "training goes on" in err and f"--resume {out}" in err.splitlines()[-1]
-        assert not (out / "final").exists() and not list(out.glob("checkpoints/step-0*"))
+@pytest.mark.parametrize("size", [500, 9_000, 60_000])  # no settings, no logs, no weights
+def test_a_full_disk_ends_the_run_with_one_clear_line(size, task, whole, tmp_path, capfd):
+    out = tmp_path / "b"
+    assert forked(lambda: run(task, out), limit=size) == 2  # the limit is that of any file
+    errors = [line for line in capfd.readouterr().err.splitlines() if "rltr: " in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("rltr: ")
+    assert str(out) in errors[0]
+    assert not (out / "final").exists()
+    assert not list(out.glob("checkpoints/*"))
+    if (out / "config.json").exists():
         resumes_to(whole, out)
 
 
-def test_a_disk_that_is_full_for_a_while_loses_nothing(task, whole, tmp_path, monkeypatch, capfd):
-    opened, real, saved = itertools.count(1), rltr.Path.open, []
+@pytest.mark.parametrize(
+    "where, call",
+    [
+        ("metrics.jsonl", 1),
+        ("metrics.jsonl", 2),
+        ("metrics.jsonl", 4),
+        ("rollouts.jsonl", 2),
+        ("rollouts.jsonl", 3),
+        ("save_lm", 1),
+        ("save_lm", 2),
+        ("save_lm", 3),
+    ],
+)
+def test_a_disk_that_is_full_for_a_while_loses_nothing(
+    where, call, task, whole, tmp_path, monkeypatch, capfd
+):
+    calls = itertools.count(1)
+    opened = rltr.Path.open
+    saved = rltr.save_lm
 
-    def full_for_a_while(path, mode="r", *a, **k):
-        if mode == "r+b" and next(opened) in (2, 3):
-            with real(path, "ab") as file:
+    def full_for_a_while(path, mode="r", *given, **settings):
+        if path.name == where and mode == "a" and next(calls) == call:
+            with opened(path, "ab") as file:
                 file.write(b'{"step": 2, "torn')
-            raise OSError(28, "No space left on device")
-        return real(path, mode, *a, **k)
+            raise OSError(28, "No space left on device", str(path))
+        return opened(path, mode, *given, **settings)
 
-    save = rltr.save_lm
-    monkeypatch.setattr(
-        rltr,
-        "save_lm",
-        lambda *a: (
-            saved.append(1)
-            or (
-                die()
-                if len(saved) > 3
-                else save(*a)
-                if len(saved) != 1
-                else open("/dev/full", "w").write("x" * 9999)
-            )
-        ),
-    )
-    monkeypatch.setattr(rltr.Path, "open", full_for_a_while)
-    assert run(task, tmp_path / "b") == 0
-    assert "No space left" in capfd.readouterr().err
-    for name in ("metrics", "rollouts"):
-        assert read(tmp_path / "b", name) == read(whole, name)
-    assert [p.name for p in (tmp_path / "b/checkpoints").iterdir()] == ["step-000004"]
+    def save_lm(lm, folder):
+        if where == "save_lm" and next(calls) == call:
+            with opened(folder / "config.json", "w") as file:
+                file.write("{")
+            raise OSError(28, "No space left on device", str(folder))
+        saved(lm, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rltr, "save_lm", save_lm)
+        patch.setattr(rltr.Path, "open", full_for_a_while)
+        assert forked(lambda: run(task, tmp_path / "b")) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("rltr: ")
+    assert "No space left" in error
+    assert not list((tmp_path / "b").rglob("*.partial"))
+    resumes_to(whole, tmp_path / "b")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1437,26 +2042,33 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(task, whole, tmp_path, mo
 def test_a_signal_finishes_the_step_and_saves_and_a_second_one_stops_at_once(
     number, times, task, whole, tmp_path, capfd
 ):
-    def signalled():
-        calls, real = itertools.count(1), rltr.sample_rollouts
+    out = tmp_path / "b"
 
-        def sample(*a):
-            for _ in range(times if next(calls) == 3 else 0):
-                os.kill(os.getpid(), number)
-            return real(*a)
+    def signalled():
+        calls = itertools.count(1)
+        real = rltr.sample_rollouts
+
+        def sample(*given):
+            if next(calls) == 3:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+            return real(*given)
 
         rltr.sample_rollouts = sample
-        return run(task, tmp_path / "b")
+        return run(task, out)
 
-    code, steps = forked(signalled), sorted(p.name for p in tmp_path.glob("b/checkpoints/step-*"))
+    code = forked(signalled)
+    steps = sorted(p.name for p in out.glob("checkpoints/step-*"))
     if times == 2:
-        assert code == -number and steps == ["step-000002"]
+        assert code == -number
+        assert steps == ["step-000002"]
     else:
-        assert code == 128 + number and steps == ["step-000002", "step-000003"]
-        assert f"--resume {tmp_path / 'b'}" in capfd.readouterr().out
-        assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b")])) == 0
-        assert read(tmp_path / "b", "rollouts") == read(whole, "rollouts")
-        assert torch.equal(weights(tmp_path / "b/final"), weights(whole / "final"))
+        assert code == 128 + number
+        assert steps == ["step-000002", "step-000003"]
+        assert f"--resume {out}" in capfd.readouterr().out
+        assert forked(lambda: rltr.main(["--resume", str(out)])) == 0
+        assert read(out, "rollouts") == read(whole, "rollouts")
+        assert torch.equal(weights(out / "final"), weights(whole / "final"))
 
 
 def test_two_runs_cannot_write_one_folder(task, tmp_path, capfd):
@@ -1469,26 +2081,66 @@ def test_two_runs_cannot_write_one_folder(task, tmp_path, capfd):
     assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--steps", "2"])) == 0
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_shown_and_six_end_the_run(
-    task, tmp_path, monkeypatch, capfd
-):
-    objective, bad = rltr.policy_objective, [2]
+def test_a_step_without_a_finite_gradient_is_skipped_and_said(task, tmp_path, monkeypatch):
+    objective = rltr.policy_objective
     steps = itertools.count(1)
-    monkeypatch.setattr(
-        rltr,
-        "policy_objective",
-        lambda *a: objective(*a) * (torch.nan if next(steps) in bad else 1.0),
-    )
-    flags = "--prompts 4 --answer-weight 1 --lr 1e-3 --seed 2 --token-budget 99999"
+    bad = {2}
+
+    def sometimes_nan(*given):
+        return objective(*given) * (torch.nan if next(steps) in bad else 1.0)
+
+    monkeypatch.setattr(rltr, "policy_objective", sometimes_nan)
+    flags = "--prompts 4 --seed 2 --token-budget 99999"  # one micro-batch, and no step is dead
     assert run(task, tmp_path / "b", flags) == 0
-    metrics, rows = read(tmp_path / "b", "metrics"), read(tmp_path / "b", "rollouts")
-    assert [m["skipped"] for m in metrics] == [0, 1, 0, 0] and metrics[1]["grad_norm"] is None
-    assert [sum(r["step"] == step for r in rows) for step in (1, 2, 3, 4)] == [4, 16, 4, 4]
-    bad[:] = range(999)
-    assert run(task, tmp_path / "c", flags + " --steps 20") == 2
-    assert "six steps in a row" in capfd.readouterr().err
-    assert len(read(tmp_path / "c", "metrics")) == 6
-    assert torch.equal(weights(tmp_path / "c/checkpoints/step-000004"), weights(task / "generator"))
+    metrics = read(tmp_path / "b", "metrics")
+    assert [m["skipped"] for m in metrics] == [0, 1, 0, 0]
+    assert [m["grad_norm"] is None for m in metrics] == [False, True, False, False]
+    bad.update(range(999))
+    assert run(task, tmp_path / "c", flags) == 0
+    assert [m["skipped"] for m in read(tmp_path / "c", "metrics")] == [1] * 4
+    assert torch.equal(weights(tmp_path / "c/final"), weights(task / "generator"))
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_out_of_memory_is_one_line_that_names_what_helps(
+    step, task, whole, tmp_path, monkeypatch, capfd
+):
+    objective = rltr.policy_objective
+    steps = itertools.count(1)
+
+    def out_of_memory(*given):
+        if next(steps) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        return objective(*given)
+
+    monkeypatch.setattr(rltr, "policy_objective", out_of_memory)
+    assert forked(lambda: run(task, tmp_path / "b")) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("rltr: out of memory")
+    for word in ("token-budget", "max-rows", "gradient-checkpointing", "offload", "resume"):
+        assert f"--{word}" in error
+    monkeypatch.undo()
+    resumes_to(whole, tmp_path / "b")
+
+
+def test_a_run_that_fails_in_a_program_gives_back_the_signals_and_the_folder(
+    task, whole, tmp_path, monkeypatch
+):
+    """Else Ctrl-C does nothing from then on, and the run cannot be resumed without a restart."""
+
+    def out_of_memory(*given):
+        raise torch.OutOfMemoryError
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(rltr, "policy_objective", out_of_memory)
+        assert run(task, tmp_path / "b") == 2
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
+    assert rltr.main(["--resume", str(tmp_path / "b")]) == 0
+    assert read(tmp_path / "b", "metrics") == read(whole, "metrics")
 
 
 class Bomb:
@@ -1499,7 +2151,8 @@ class Bomb:
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_an_earlier_one_is_used(
     task, whole, tmp_path, capfd, monkeypatch
 ):
-    out, bomb = tmp_path / "b", tmp_path / "executed"
+    out = tmp_path / "b"
+    bomb = tmp_path / "executed"
     monkeypatch.setenv("RLTR_BOMB", str(bomb))
     rltr.shutil.copytree(whole, out)
     checkpoint = out / "checkpoints/step-000004"
@@ -1522,15 +2175,11 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_an_earlier_one_is_used(
             torch.save(data, checkpoint / name)
         assert rltr.main(["--resume", str(out), "--steps", "5"]) == 2
         [error] = capfd.readouterr().err.splitlines()
-        assert "step-000004" in error and not bomb.exists()
+        assert "step-000004" in error
+        assert not bomb.exists()
         (checkpoint / name).write_bytes(good[name])
-    (checkpoint / "optimizer.pt").unlink()
     rltr.shutil.rmtree(checkpoint)  # the advice it gave
     resumes_to(whole, out)
-    assert rltr.main(["--resume", str(out), "--steps", "5", "--lr", "1"]) == 2
-    assert "lr" in capfd.readouterr().err
-    assert rltr.main(["--resume", str(out), "--steps", "5", "--lr", "1", "--force"]) == 0
-    assert json.loads((out / "config.json").read_text())["lr"] == 1
 
 
 def test_every_setting_is_a_flag_with_help_and_the_examples_in_the_docstrings_are_true(capsys):
@@ -1538,9 +2187,55 @@ def test_every_setting_is_a_flag_with_help_and_the_examples_in_the_docstrings_ar
         rltr.main(["--help"])
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines at will
     for name, f in Config.__dataclass_fields__.items():
-        assert f"--{name.replace('_', '-')}" in text and "".join(f.metadata["help"].split()) in text
+        assert f"--{name.replace('_', '-')}" in text
+        assert "".join(f.metadata["help"].split()) in text
     failed, attempted = doctest.testmod(rltr)
-    assert stop.value.code == 0 and failed == 0 and attempted >= 3
+    assert stop.value.code == 0
+    assert failed == 0
+    assert attempted >= 3
+
+
+# ----------------------------------------------------------------------------- the file as a text
+
+
+WITHOUT_UNIX = """
+import sys
+import filelock, huggingface_hub, torch, tqdm, transformers
+sys.modules["fcntl"] = sys.modules["resource"] = None
+import rltr
+assert "eval" not in sys.modules
+"""
+
+
+def test_the_file_imports_where_there_is_no_unix_and_without_eval():
+    folder = rltr.Path(rltr.__file__).parent
+    subprocess.run([sys.executable, "-c", WITHOUT_UNIX], cwd=folder, check=True)
+    imported = set()
+    for node in ast.walk(SOURCE):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert {"torch", "transformers"} <= imported
+    assert not imported & {"eval", "fcntl", "resource"}
+
+
+SOURCE = ast.parse(rltr.Path(rltr.__file__).read_text())
+
+
+FUNCTIONS = {node.name: node for node in ast.walk(SOURCE) if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_algorithm_stands_at_the_beginning_and_can_be_read_calmly():
+    assert FUNCTIONS["train"].lineno < 300
+    assert FUNCTIONS["completion_logprobs"].end_lineno < 620
+    for name, node in FUNCTIONS.items():
+        assert node.end_lineno - node.lineno < 60, name
+    parallel = []  # a, b = x, y
+    for node in ast.walk(SOURCE):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            parallel += [node.lineno for target in node.targets if isinstance(target, ast.Tuple)]
+    assert len(parallel) < 12, parallel
 
 
 # ---------------------------------------------------------------------------------- report, README
@@ -1559,7 +2254,8 @@ HOSTILE_TEXT = "</pre><script>alert(1)</script><img src=x onerror=y>\x1b[31m\u20
 
 
 def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tmp_path, capfd):
-    report, folders = benchmark("report"), []
+    report = benchmark("report")
+    folders = []
     assert (
         run(
             task,
@@ -1597,30 +2293,42 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
     tags = []
     parser.handle_starttag = lambda tag, given: tags.append((tag, dict(given)))
     parser.feed(html)
-    assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in tags} and "http" not in html
+    assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in tags}
+    assert "http" not in html
     assert not any(
         key in ("src", "href") or key.startswith("on") for _, given in tags for key in given
     )
-    assert "alert(1)" in html and "\\x1b[31m" in html and not set("\x1b\u202e\x00") & set(html)
-    assert "2 seeds" in html and "right answers went from 50% to 50%" in html  # both seeds' mean
+    assert "alert(1)" in html
+    assert "\\x1b[31m" in html
+    assert not set("\x1b\u202e\x00") & set(html)
+    assert "2 seeds" in html
+    assert "right answers went from 50% to 50%" in html
     assert f"{tmp_path.name}/result.json" in html
-    assert "RLVR" in html and "Maj@k" in html and f"{rows[-1]['advantage']:+.2f}" in html
+    assert "RLVR" in html
+    assert "Maj@k" in html
+    assert f"{rows[-1]['advantage']:+.2f}" in html
     lines = [given["points"] for tag, given in tags if tag == "polyline"]
-    assert len(lines) >= 2 * 5 and all(lines)
+    assert len(lines) >= 2 * 5
+    assert all(lines)
     capfd.readouterr()
     for argv in ([tmp_path / "nowhere"], [task]):
         assert report.main([*map(str, argv), "-o", str(page)]) == 2
         assert len(capfd.readouterr().err.splitlines()) == 1
     (folders[1] / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    assert report.main([str(folders[1])]) == 2 and "line 1" in capfd.readouterr().err
+    assert report.main([str(folders[1])]) == 2
+    assert "line 1" in capfd.readouterr().err
 
 
-def test_the_commands_of_the_readme_parse(tmp_path, monkeypatch):
+def test_the_commands_of_the_readme_parse():
     here = rltr.Path(rltr.__file__).parent
     text = (here / "README.md").read_text() + (here / "benchmarks/RESULTS.md").read_text()
     commands = re.findall(
-        r"(?:python|torchrun[^`\n]*?) ((?:benchmarks/)?\w+\.py)([^`\n#&|]*)", text
+        r"(?:python|accelerate launch[^`\n]*?) ((?:benchmarks/)?\w+\.py)([^`\n#&|]*)", text
     )
+    assert not re.findall(r"torchrun .*rltr\.py", text)  # one process, one GPU
+    settings = ["--" + name.replace("_", "-") for name in Config.__dataclass_fields__]
+    settings += ["--resume", "--help", "--samples", "--compare", "--fallback"]
+    settings += ["--" + name.replace("_", "-") for name, *_ in evaluation.FLAGS]
     seen = set()
     for script, rest in commands:
         given = [word.strip('"') for word in shlex.split(rest) if word not in ("...", ")")]
@@ -1629,53 +2337,58 @@ def test_the_commands_of_the_readme_parse(tmp_path, monkeypatch):
             rltr.parse_arguments(given)
         elif script == "eval.py" and given:
             evaluation.parse_arguments(given)
-        source = (here / script).read_text()
         flags = [word for word in given if word.startswith("--")]
-        known = (
-            source
-            if script.startswith("bench")
-            else [
-                *("--" + name.replace("_", "-") for name in Config.__dataclass_fields__),
-                "--resume",
-                "--help",
-                "--force",
-                "--debug",
-                "--k",
-                "--samples",
-                "--compare",
-            ]
-        )
+        known = settings
+        if script.startswith("bench"):
+            known = (here / script).read_text()
         assert not [flag for flag in flags if flag not in known], (script, flags)
     assert {"rltr.py", "eval.py", "benchmarks/report.py", "benchmarks/gpu_check.py"} <= seen
 
 
 # ------------------------------------------------------------------------------------------ answers
 
-
 EQUAL = r"""
-1,234,567 == 1234567 | 12{,}500 == 12500 | 12\,500 == 12500 | −8 == -8 | ７ == 7 |
-\frac{3}{16} == .1875 | \tfrac79 == 7/9 | -\frac{7}{9} == \frac{-7}{9} | 2\frac{7}{8} == 23/8 |
-35\% == 35 | \$7.50 == 7.5 | 14\text{ km} == 14 | 14 \mathrm{~m/s} == 14 | 8 books == 8 |
-72^\circ == 72 | \sqrt{27} == 3\sqrt3 | \frac{1}{\sqrt{7}} == \frac{\sqrt{7}}{7} |
-\sqrt[3]{24} == 2\sqrt[3]{3} | 5π/6 == \frac{5\pi}{6} | 3\times10^{4} == 3e4 | 2^{-3} == 1/8 |
-(x-3)^2 == x^2-6x+9 | \frac{ab}{3} == ba/3 | \sin 2x == 2 \sin x \cos x | \ln 9 == 2\ln 3 |
-3^{n+1} == 3\cdot3^n | (2+i)^2 == 3+4i | \sqrt{-9} == 3i | \left(\frac12, 3\right) == (0.5,3) |
-\{4,5\} == \{5,4\} | 7, 8 \text{ and } 9 == 9,8,7 | \pm 6 == 6,-6 |
+1,234,567 == 1234567 | 12{,}500 == 12500 | ７ == 7 | 12\,500 == 12500 | 12,\!500 == 12500 |
+−8 == -8 |
+\frac{3}{16} == .1875 | \tfrac79 == 7/9 | \cfrac{7}{9} == 7/9 | -\frac{7}{9} == \frac{-7}{9} |
+2\frac{7}{8} == 23/8 | 2 7/8 == 2.875 | \frac{\frac{1}{2}}{3} == 1/6 | 6. == 6 | -0 == 0 |
+35\% == 35 | 35 percent == 35\% | 35\text{ pct} == 35 | \$7.50 == 7.5 | \$7.50 == 7.50 dollars |
+14\text{ km} == 14 | 14 \mathrm{~m/s} == 14 | 14 km == 14\text{ km} | 8 books == 8 |
+5.4cents == 5.4 |
+3\text{ m}^2 == 3 | 6 miles per hour == 6 miles/hour |
+12^{\text{th}} grade == 12 | 72^\circ == 72 | 72 degrees == 72° |
+\sqrt{27} == 3\sqrt3 | \frac{1}{\sqrt{7}} == \frac{\sqrt{7}}{7} | \sqrt{0} == 0 | √5 == \sqrt 5 |
+\sqrt[3]{24} == 2\sqrt[3]{3} | \sqrt{11} == 11^{1/2} | 5π/6 == \frac{5\pi}{6} | 7pi == 7\pi |
+3\times10^{4} == 3e4 | 2.5e-3 == 0.0025 | 2^{-3} == 1/8 |
+(x-3)^2 == x^2-6x+9 | \frac{ab}{3} == ba/3 | \frac{1}{2}abc == \frac{1}{2}cba | 2x+3y == 3y+2x |
+\frac{x^2-4}{x-2} == x+2 | |x-3| == |3-x| | \sqrt{x^2} == |x| | x_{1}+x_2 == x_2+x_1 |
+\sin 2x == 2 \sin x \cos x | \sin^2 x == 1-\cos^2 x | \tan t == \frac{\sin t}{\cos t} |
+\ln 9 == 2\ln 3 | \ln 1 == 0 | 3^{n+1} == 3\cdot3^n | e^{2t} == (e^t)^2 | (2+i)^2 == 3+4i |
+\sqrt{-9} == 3i | \frac{1}{1+i} == \frac{1-i}{2} |
+\left(\frac12, 3\right) == (0.5,3) | \{4,5\} == \{5,4\} | \{4,5\} == 5, 4 |
+\emptyset == \varnothing |
+7, 8 \text{ and } 9 == 9,8,7 | 7 \text{ or } 8 == 8,7 | \pm 6 == 6,-6 |
+1\pm\sqrt2 == 1-\sqrt2,1+\sqrt2 |
 [1,4)\cup(7,\infty) == (7,\infty)\cup[1,4) | 101_2 == 101_{2} |
-\begin{pmatrix} 1/2 \\ 3 \end{pmatrix} == \begin{bmatrix} 0.5 \\ 3 \end{bmatrix} | \text{(D)} == D |
-\text{No} == no | \text{3:15 p.m.} == 3:15 pm | 5:7 == 5 : 7 | \text{north} == North |
-\boldsymbol{9} == 9 | \frac{x^2-4}{x-2} == x+2 | x = 9 == 9 | f(3)=9 == 9 |
-AB = 2\sqrt{3} == \sqrt{12} | x=2,y=7 == y=7,x=2 | x=2,y=7 == 2,7 | x \ge 4 == [4,\infty) |
-1 < t \le 6 == (1,6] | x \in (1,6] == (1,6] |
-\mathbb{R} \setminus \{4\} == (-\infty,4)\cup(4,\infty) | S = \{1,2\} == \{2,1\}
+\begin{pmatrix} 1/2 \\ 3 \end{pmatrix} == \begin{bmatrix} 0.5 \\ 3 \end{bmatrix} |
+\left[\begin{array}{cc}1&2\\3&4\end{array}\right] == \begin{pmatrix}1&2\\3&4\end{pmatrix} |
+\text{(D)} == D | (D) == D | \textbf{(D)}\ 14 == D | \text{No} == no | \text{north} == North |
+\text{3:15 p.m.} == 3:15 pm | 3:15 \text{ p.m.} == 3:15 pm | 5:7 == 5 : 7 | \boldsymbol{9} == 9 |
+x = 9 == 9 | f(3)=9 == 9 | AB = 2\sqrt{3} == \sqrt{12} | A:B=3 == 3 | \frac{dy}{dx}=2x == 2x |
+x \approx 5 == 5 | S = \{1,2\} == \{2,1\} |
+x=2,y=7 == y=7,x=2 | x=2,y=7 == 2,7 | x=2 \text{ or } x=7 == 7, 2 | x=\pm 2 == \{-2,2\} |
+x \ge 4 == [4,\infty) | x<4 == (-\infty,4) | 1 < t \le 6 == (1,6] | x \in (1,6] == (1,6] |
+x<1 \text{ or } x>4 == (-\infty,1)\cup(4,\infty) | 0 < f(x) < 1 == (0,1)
 """
 UNEQUAL = r"""
 6 != 6\sqrt2 | 1/100! != 1/101! | (3,4) != (4,3) | [3,4] != (3,4) | [3,4) != (3,4] | \pm 6 != 6 |
 10:30 != 11:30 | 3:15 am != 3:15 pm | \frac{1}{6} != 16 | 7 != 7! | \frac16 != 0.1667 |
 \sqrt3 != 1.7320508075 | \pi != 3.14159 | 10^{30} != 10^{30}+1 | 45 != 4.5 | 1,234 != 1 |
 6, 700 != 6700 | 9 km != 9 hours | 9\% != 0.09 | 3 million != 3 | 3\frac12 != \frac{31}{2} |
-3 1/2 != 31/2 | 101_2 != 101 | 101_2 != 101_3 | 101_2 != 5 | x != |x| | x != y | x^{ab} != x^a b |
-2x != x^2 | 3-2i != 3+2i | 4:5 != 5:4 | \log x != \ln x | \binom{7}{2} != \frac{7}{2} | arm != ram |
+3 1/2 != 31/2 | 101_2 != 101 | 101_2 != 101_3 | 101_2 != 5 | x != |x| | x != y |
+x^{ab} != x^a b |
+2x != x^2 | 3-2i != 3+2i | 4:5 != 5:4 | \log x != \ln x | \binom{7}{2} != \frac{7}{2} |
+arm != ram |
 (A) != (B) | yes != no | x=3 != y=3 | x=3 != x=4 | x=2,y=7 != x=7,y=2 | x=2,y=7 != 7,2 |
 x^2+y^2=9 != 9 | x^2+3y^2=9 != x^2+4y^2=9 | 4^{2}! != 16 | x > 4 != x \ge 4 | x > 4 != x < 4 |
 x > 4 != -x > -4 | 2x=10 != 10 | x \ne 4 != 4 | \{1,2\} != (1,2) | \{1,2\} != \{1,2,7\} |
@@ -1683,68 +2396,196 @@ x > 4 != -x > -4 | 2x=10 != 10 | x \ne 4 != 4 | \{1,2\} != (1,2) | \{1,2\} != \{
 \sum_{n=1}^{4} n != 10 | e^{-900} != 0 |
 \begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix} | 5 or 6 != 5
 """
+# Different answers that a careless checker takes for equal, by what it would have to overlook.
+NEAR_MISSES = {
+    "a unit": r"""
+        7 m != 7 km | 7\text{ m} != 7\text{ km} | 7 cm^2 != 7 cm^{-2} | 7 cm^2 != 7 cm^3 |
+        7 s != 7 h |
+        7\text{ minutes} != 7\text{ hours} | 7\text{ dollars} != 7\text{ cents} |
+        \$7 != 7\text{ cents} |
+        2 meV != 2 MeV | 2 mL != 2 ML | 7 km != 7 km/h | 7 kg^2 != 7 kg | 7^\circ != 7\% |
+        7\text{ m}+3 != 7 | 3\text{ m} x != 3 | \sin 30^\circ != \sin 30""",
+    "a word that is no unit": r"""
+        2 billion != 2 | 3 dozen != 3 | 2 fifths != 2 | 6 squared != 6 | 4 factorial != 4 |
+        8 mod y != 8 |
+        7 minus two != 7 | 5 hours ten minutes != 5 | 4 out of nine != 4 | 9 remainder != 9 |
+        3 percentx != 3""",
+    "a product of letters": r"""
+        \frac{3}{2}mg != \frac{3}{2} | \frac{1}{2}mv^2 != \frac{1}{2} | 2\pi rh != 2\pi |
+        3 sec x != 3 |
+        (x+y)ab != x+y | 5 in x != 5 | 2nm != 2 | 3km != 3 | \frac{k}{2}h != \frac{k}{2}""",
+    "percent": r"30\% != 0.3 | 30\% != \frac{3}{10} | 30\% != 3\% | 0.5\% != 0.5\text{ m}",
+    "the ends of an interval": r"""
+        (2,5) != [2,5] | [2,5) != (2,5] | (2,\infty) != [2,\infty) | 2<x<5 != 2\le x<5 |
+        x>2 != [2,\infty) |
+        (2,5)\cup(6,7) != (2,5),(6,7) | x<2 \text{ or } x>5 != x<2 \text{ and } x>5""",
+    "order": r"""
+        (2,5) != (5,2) | TF != FT | HHT != THH | XI != IX | <2,5> != <5,2> | mga != agm |
+        5:2 != 2:5 |
+        \begin{pmatrix}2\\5\end{pmatrix} != \begin{pmatrix}5\\2\end{pmatrix} |
+        dog bites man != man bites dog""",
+    "the case of a symbol": r"""
+        mgr != mgR | x+y != X+y | Ab != ab | 2RT != 2rT | F_n != f_n | DNA != Dna""",
+    "all but special points": r"""
+        |x-7| != x-7 | |x-7| != 7-x | |x-250| != 250-x | |x+y| != x+y | |x-y| != x-y |
+        \sqrt{y^2} != y |
+        \sqrt{x^2y^2} != xy | |xy| != xy | \sqrt{(t-9)^2} != t-9 | |n^2-7| != n^2-7 |
+        |x|+|y| != |x+y| |
+        x(x-1)(x-2) != 0 | x+10^{-12} != x | n^2-n+41 != n^2-n+43 | \sqrt[3]{x^6} != |x^3| |
+        \sqrt{x^2}-x != 0 |
+        \sqrt{x^2}+x != 0 | \frac{\sqrt{x^2}}{x} != 1""",
+    "a small difference": r"""
+        0.333 != 1/3 | 0.33333333333333333333 != 1/3 | 1-e^{-40} != 1 |
+        \sqrt{10^{16}+1} != 10^8 |
+        \sqrt{10^{16}+1} != \sqrt{10^{16}+2} | \pi != \frac{245850922}{78256779} |
+        e^{e^{-40}} != 1 |
+        \sqrt{3} != \frac{5042}{2911} | \cos(10^{-9}) != 1 | 1.414213562373095 != \sqrt2 |
+        2^{10^{-20}} != 1 |
+        3+10^{-20}\pi != 3 | \frac{10^{20}+1}{10^{20}} != 1 | \ln(1+10^{-17}) != 0""",
+    "typography": r"""
+        7ⁿ != 7n | 11₂ != 112 | √⅓ != \frac{1}{3} | x^⅓ != \frac{x}{3} | 8÷½ != 4 | aᵇ != ab |
+        xᵀ != xT |
+        7$8 != 78 | 7\$80 != 780 | 10 000/4 != 2500 | 0,250 != 250 | 1,2,3,... != 1,2,3 |
+        7 8 != 78 |
+        \displaystyle.7 != 7 | 3e - 2 != 0.03 | 2e-3 != 2e^{-3} | 1.250 != 1250 |
+        12:00 != 1:00 | 3:1.5 != 3:15 |
+        x2 != 2x | 12,34 != 1234 | 3!! != 720 | 2^3^2 != 64""",
+    "a relation": r"""
+        |x|=7 != 7 | |x|<7 != (-\infty,7) | \ln x < 7 != (-\infty,7) | ab=7 != 7 |
+        \sin x=1 != 1 | 7=8 != 7 |
+        a|b = 7 != 7 | x^2=7 != 7 | x\ne7 != x=7 | \{x : x > 2.5\} != \{x : x > 25\} |
+        x>y != y>x |
+        x-7=0 != 7 | 3x=21 != x=7 | B=C != C | x=y != y""",
+    "a choice": r"""
+        (A) or (B) != A | (A)(B) != A | A+5 != A | A(x+1) != A |
+        (A)\ 5 \text{ or } (B)\ 6 != A | (A) (x+1) != A | (A)+5 != A | (A) - 5 != A""",
+}
+DIFFERENT = r"""
+5 -5 5! 5^2 5i 5\pi 5x 5y 5x^2 5/2 0.5 \sqrt5 \sqrt[3]{5} (5,5) \{5,6\} [5,6] (5,6) (6,5)
+(5,6] 5_6 5:6 x>5 x<5 x\ge5 x\ne5 |x| x x^{-1} \frac{x}{5} x+y=5 x^2+y^2=5 x^2+y^2=25 e^x
+y=5x+1 \sin5 \sin{x} \cos{x} \ln5 \log5 e^5 e^{-x} x_1 x_2 \pm5 5\pm\sqrt2 5\text{million}
+(-\infty,5] (-\infty,5)\cup(6,\infty) \binom{7}{4} 0.\overline{5} A \text{(Q)} even odd
+5:06\text{am} 5:06\text{pm} \begin{pmatrix}5\\7\end{pmatrix} \int_0^5x \sum_{n=1}^5n
+"""
 HOSTILE = [
     "{" * 10**6,
     "(" * 10**6 + ")" * 10**6,
     r"\frac{" * 10**6,
     "9" * 10**5,
-    "9^" * 250 + "9",
+    "9^" * 190 + "9",
     "][",
     "9^{9^{9^{9^9}}}",
     "99!!!!!!",
-    "2000!," * 90,
-    "+".join(f"1/{n}!" for n in range(2000, 2060)),
-    "-" * 500,
+    "400!," * 70,
+    "+".join(f"1/{n}!" for n in range(400, 460)),
+    "-" * 399,
     "1e999999999",
-    "1/" * 250 + "3",
-    r"\sqrt{" * 90 + "2" + "}" * 90,
-    "x_" * 250,
+    "1/" * 190 + "3",
+    r"\sqrt{" * 60 + "2" + "}" * 60,
+    "x_" * 190,
     "\x00",
-    "(1," * 150 + "2" + ")" * 150,
+    "(1," * 100 + "2" + ")" * 100,
     "\x005\x00",
     "\ud800",
     "٣٤",
     "\u202e12\u202c",
-    "½" * 500,
+    "½" * 390,
     "\\",
-    "ﷺ" * 500,
+    "ﷺ" * 390,
     "}{",
     "\\\\",
-    "$" * 500,
-    "|" * 500,
+    "$" * 390,
+    "|" * 390,
+    "(" * 199 + "5" + ")" * 199,
     "__import__('os').system('true')",
     "%s%n{0}",
-    r"\begin{pmatrix}" * 30,
-    ",".join(f"({n},{n + 1})" for n in range(80)),
-    "±1" * 99,
-    "f(a)" * 120 + "+=5",
+    r"\begin{pmatrix}" * 26,
+    ",".join(f"({n},{n + 1})" for n in range(50)),
+    "±1" * 150,
+    "f(a)" * 90 + "+=5",
+    "5" + "m" * 390,
+    "5" + " cm" * 120 + "!",
+    "1,000" * 79,
+    "a" * 399,
+    "<" * 399,
+    "x<" * 190,
+    "e^x+" * 99 + "1/0",
+    "x^99+" * 79 + "1",
+    "⦃" * 190 + "⦄" * 190,
+]
+
+
+SLOW = [  # of nearly MAX_CHARS characters
+    "i^x+" * 28 + "1",
+    "x^x+" * 28 + "1",
+    "\\sqrt[3]{ix}+" * 8 + "1",
+    "\\arctan i^x+" * 9 + "1",
+    "√" * 115 + "x",
+    "\\tan" * 27 + "(i+x)",
+    "\\sec^9x" * 16 + "y",
+    "i^{9999}x+" * 11 + "1",
+    "(-7.1)^{16000}+" * 7 + "x",
+    "x+" * 57 + "y",
+    "(i^x+" * 18 + "1" + ")" * 18,
 ]
 
 
 def pairs(table, sign):
-    return [pair.split(sign) for pair in " ".join(table.split("\n")).strip().split(" | ")]
+    return [pair.strip().split(sign) for pair in " ".join(table.split()).split(" | ")]
 
 
 @pytest.mark.parametrize("a, b", pairs(EQUAL, " == "))
 def test_equal(a, b):
-    assert answers_equal(a, b) and answers_equal(b, a)
-    assert is_correct(f"So it is $\\boxed{{{a}}}$.", b)
+    assert answers_equal(a, b)
+    assert answers_equal(b, a)
+    assert judge_answer(f"So it is $\\boxed{{{a}}}$.", b) == "right"
 
 
 @pytest.mark.parametrize("a, b", pairs(UNEQUAL, " != "))
 def test_unequal(a, b):
-    assert not answers_equal(a, b) and not answers_equal(b, a)
+    assert not answers_equal(a, b)
+    assert not answers_equal(b, a)
+
+
+@pytest.mark.parametrize("kind", NEAR_MISSES)
+def test_near_misses(kind):
+    table = pairs(NEAR_MISSES[kind], " != ")
+    assert all(len(pair) == 2 for pair in table)
+    assert [pair for pair in table if answers_equal(*pair) or answers_equal(*pair[::-1])] == []
 
 
 def test_different_answers_differ():
-    different = r"""
-        5 -5 5! 5^2 5i 5\pi 5x 5y 5x^2 5/2 0.5 \sqrt5 \sqrt[3]{5} (5,5) \{5,6\} [5,6] (5,6) (6,5)
-        (5,6] 5_6 5:6 x>5 x<5 x\ge5 x\ne5 |x| x x^{-1} \frac{x}{5} x+y=5 x^2+y^2=5 x^2+y^2=25 e^x
-        y=5x+1 \sin5 \sin{x} \cos{x} \ln5 \log5 e^5 e^{-x} x_1 x_2 \pm5 5\pm\sqrt2 5\text{million}
-        (-\infty,5] (-\infty,5)\cup(6,\infty) \binom{7}{4} 0.\overline{5} A \text{(Q)} even odd
-        5:06\text{am} 5:06\text{pm} \begin{pmatrix}5\\7\end{pmatrix} \int_0^5x \sum_{n=1}^5n
-        """.split()
-    assert not [(a, b) for a in different for b in different if a != b and answers_equal(a, b)]
+    different = DIFFERENT.split()
+    assert not [pair for pair in itertools.permutations(different, 2) if answers_equal(*pair)]
+
+
+@pytest.mark.parametrize("pattern, replacement, example", rltr.REWRITES)
+def test_every_rewrite_has_an_example_that_runs(pattern, replacement, example):
+    before, after = example.split(" -> ")
+    assert rltr.normalise(before) == after
+
+
+@pytest.mark.parametrize("form, symbol", rltr.SYMBOL.items())
+def test_every_symbol(form, symbol):
+    assert rltr.normalise(f"x {form} y") == rltr.normalise(f"x {symbol} y")
+
+
+@pytest.mark.parametrize(
+    "text, gold, verdict",
+    [
+        (r"\boxed{2.5}", r"\frac52", "right"),
+        (r"\boxed{2.4}", r"\frac52", "wrong"),
+        ("I do not know.", "5", "missing"),
+        (r"\boxed{5", "5", "missing"),
+        (r"\boxed{\int x}", "5", "unparsed"),
+        (r"\boxed{" + "1+" * 300 + "1}", "5", "unparsed"),
+        (r"\boxed{}", "5", "unparsed"),
+        (r"\boxed{west}", "east", "wrong"),
+    ],
+)
+def test_judge_answer(text, gold, verdict):
+    assert judge_answer(text, gold) == verdict
+    assert is_correct(text, gold) is (verdict == "right")
 
 
 @pytest.mark.parametrize(
@@ -1772,43 +2613,83 @@ def test_extract(text, answer):
     assert extract_answer(text) == answer
 
 
-def test_fallback():
-    for text in ("The answer is 12.", "The answer is $12$. I see.", "5 + 7 = 12 apples", "A: 12"):
-        assert is_correct(text, "12", fallback=True) and not is_correct(text, "12")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 12.",
+        "The answer is $12$. I see.",
+        "The answer is: 12",
+        "Final Answer: The final answer is $12$. I hope it is correct.",
+        r"Final Answer: The final answer is \(12\).",
+        "5 + 7 = 12 apples",
+        "5+7=<<5+7=12>>12\nA: 12",
+        "She pays $5 and $7, so $12 in all.",
+        "That makes 12 m².",
+        r"\boxed{12}, I think; the answer is 13",
+        "#### 12",
+    ],
+)
+def test_fallback(text):
+    assert is_correct(text, "12", fallback=True)
+    if "12}" not in text and "####" not in text:
+        assert judge_answer(text, "12") == "missing"
 
 
 def test_hostile_and_random_strings_are_equal_to_themselves_only_and_symmetric():
     rng = random.Random(0)
     alphabet = [
-        *"0123456789.,;:+-*/^_!|()[]{}<>=$% ~\\'\"&abxei\n\x00½π√±∪",
-        r"\frac",
-        r"\sqrt",
-        r"\text{",
-        r"\pm",
-        r"\{",
-        r"\}",
-        r"\sin",
-        r"\le",
-        r"\left(",
+        *"0123456789.,;:+-*/^_!|()[]{}<>=$% ~\\'\"&abxei\n\x00½π√±∪@∈⦃⟧°",
+        *[r"\frac", r"\sqrt", r"\text{", r"\pm", r"\{", r"\}", r"\sin", r"\le", r"\left("],
         " and ",
-        r"\overline{",
     ]
     noise = ["".join(rng.choices(alphabet, k=rng.randrange(1, 30))) for _ in range(2000)]
     golds = ["7", r"\frac{3}{8}", "(3,8)", "x+8", "3,8", r"\text{Q}", "x>8", "100!"]
-    for s in HOSTILE + noise[:300]:
-        assert answers_equal(s, s)
-        assert is_correct(f"\\boxed{{{s}}}", "31337.5") is False
+    for text in HOSTILE + noise[:300]:
+        assert answers_equal(text, text)
+        assert not is_correct(f"\\boxed{{{text}}}", "31337.5")
         for gold in golds:
-            assert answers_equal(s, gold) is answers_equal(gold, s)
-    for a, b in zip(HOSTILE + noise, noise[::-1]):
+            assert answers_equal(text, gold) is answers_equal(gold, text)
+    for a, b in zip(HOSTILE + noise, noise[::-1], strict=False):
         assert answers_equal(a, b) is answers_equal(b, a)
 
 
-def test_checks_count():
-    CHECKS.clear()
-    for text in ("nothing", r"\boxed{\int x}", r"\boxed{east}"):
-        is_correct(text, "west" if "east" in text else "5")
-    assert CHECKS == {"missing": 1, "unparsed": 1, "compared_as_text": 2}
+@pytest.mark.parametrize("gold", ["7", "x+8", "(3,8)", "1,2,3", r"\{1,2\}"])
+def test_the_work_on_hostile_answers_is_bounded(gold, monkeypatch):
+    """Also where an answer has to be computed at all points, as it is undefined at each."""
+    parse = rltr.parse
+    calls = []
+
+    def counting(tokens, point, level):
+        calls.append(level)
+        return parse(tokens, point, level)
+
+    monkeypatch.setattr(rltr, "parse", counting)
+    for text in HOSTILE + SLOW:
+        for answer in (text, text + "/0"):
+            calls.clear()
+            rltr.value_at.cache_clear()
+            answers_equal(answer, gold)
+            assert len(calls) < 10_000, answer[:50]
+
+
+def test_letters_have_values_of_mixed_sign_and_size():
+    """Every pair of letters has different signs, the same signs and either order at some points."""
+    letters = "abcdfghjklmnopqrstuvwxyzABCKLMNPQRSTVWXYZ"
+    values = {name: [rltr.value_of_name(name, point) for point in range(16)] for name in letters}
+    assert all(max(row) > 100 and min(row) < -100 for row in values.values())
+    for a, b in itertools.combinations(letters, 2):
+        pairs = list(zip(values[a], values[b], strict=True))
+        assert {x * y > 0 for x, y in pairs} == {True, False}
+        assert {x > y for x, y in pairs} == {True, False}
+        assert {x + y > 0 for x, y in pairs} == {True, False}
+        assert not answers_equal(f"|{a}-100|", f"100-{a}")
+
+
+def test_majority_vote():
+    assert majority_vote(["1/2", "3", "0.5", None, None, None]) == "1/2"
+    assert majority_vote(["3", "1/2", "0.5", "3.0"]) == "3"
+    assert majority_vote([None, None]) is None
+    assert majority_vote([]) is None
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -1858,6 +2739,21 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n, c):
         exact = np.mean([min(s) < c for s in itertools.combinations(range(n), k)])
         assert pass_at_k(n, c, k) == pytest.approx(exact, abs=1e-15)
     assert pass_at_k(n, c, 1) == c / n and 0 < pass_at_k(100_000, 1, 3) < 3.1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_maj_at_k_votes_like_majority_vote_in_every_subset(seed):
+    answers = draws(9, seed)
+    for k in range(1, 10):
+        subsets = evaluation.subsets(9, k)
+        assert all(subset == sorted(set(subset)) and len(subset) == k for subset in subsets)
+        hits = [vote_is_right([answers[i] for i in subset]) for subset in subsets]
+        assert maj_at_k(answers, "1000", k) == np.mean(hits)
+
+
+def test_the_examples_of_eval_run():
+    failed, attempted = doctest.testmod(evaluation)
+    assert failed == 0 and attempted >= 3
 
 
 def write_lines(path, rows):
@@ -1924,15 +2820,14 @@ def test_the_test_split_or_the_only_one_is_taken(splits, split, want, monkeypatc
     sets = {name: [{"question": name, "answer": "1"}] for name in splits.split()}
     monkeypatch.setattr("datasets.load_dataset", lambda *_: sets)
     monkeypatch.setattr(rltr, "use_cache_if_offline", lambda: None)
-    monkeypatch.setattr(evaluation, "load_lm", lambda *_: None)
-    monkeypatch.setattr(
-        evaluation,
-        "evaluate",
-        lambda _, problems, **__: evaluation.score(
-            [{"problem": p.question, "answer": p.answer, "completions": [""]} for p in problems]
-        ),
-    )
-    argv = ["--model", "m", "--data", "some/set", "--split", split]
+    monkeypatch.setattr(rltr, "load_lm", lambda *_: rltr.LM(None, None, (), 9, context=9))
+    monkeypatch.setattr(rltr, "encode_prompt", lambda *_: [1])
+
+    def no_answers(lm, receiver, tasks, first, settings):
+        return [{"problem": p.question, "answer": p.answer, "completions": [""]} for p, _ in tasks]
+
+    monkeypatch.setattr(evaluation, "sample_chunk", no_answers)
+    argv = ["--model", "m", "--data", "some/set", "--split", split, "--k", "1"]
     if want:
         assert result_of(*argv, out=tmp_path)["per_problem"][0]["problem"] == want
     else:
@@ -1961,52 +2856,218 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-def test_interrupted_evaluation_goes_on(model, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def command(model, tmp_path):
+    """An evaluation of five problems, two at a time, with transfer."""
     data = [{"question": f"Q{i}?", "answer": "1"} for i in range(5)]
-    command = [
-        "--model",
-        model,
-        "--data",
-        write_lines(tmp_path / "d.jsonl", data),
-        "--k",
-        "256",
-        "--prompt",
-        "{question}",
-        "--max-new-tokens",
-        "6",
-        "--receiver",
-        "self",
-        "--transfer-samples",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    whole, halves, calls, generate = tmp_path / "w", tmp_path / "h", [], evaluation.generate
+    path = write_lines(tmp_path / "d.jsonl", data)
+    flags = "--k 256 --prompt {question} --max-new-tokens 6 --receiver self --transfer-samples 2"
+    return ["--model", model, "--data", path, *flags.split(), "--device", "cpu"]
+
+
+def stop_at(call, error, monkeypatch):
+    """The evaluation fails in this call of sample_chunk. Returns the list of the chunks so far."""
+    calls, sample_chunk = [], evaluation.sample_chunk
+
+    def failing(lm, receiver, tasks, first, settings):
+        calls.append(first)
+        if len(calls) == call:
+            raise error
+        return sample_chunk(lm, receiver, tasks, first, settings)
+
+    monkeypatch.setattr(evaluation, "CHUNK_ROWS", 512)
+    monkeypatch.setattr(evaluation, "sample_chunk", failing)
+    return calls
+
+
+def test_interrupted_evaluation_goes_on(command, tmp_path, monkeypatch, capsys):
+    whole, halves = tmp_path / "w", tmp_path / "h"
+    calls = stop_at(6, UserError("power cut"), monkeypatch)
     want = result_of(*command, out=whole)
-
-    def failing(*args, **kwargs):
-        calls.append(kwargs["first_row"])
-        rltr.require(len(calls) != 3, "power cut")
-        return generate(*args, **kwargs)
-
-    monkeypatch.setattr(evaluation, "generate", failing)
     assert evaluation.main([*command, "--out", str(halves)]) == 2  # 2 chunks of 3 are done
     log = halves / "completions.jsonl"
     log.write_bytes(log.read_bytes()[:-100])  # a torn last line
     got = result_of(*command, "--max-rows", "50", out=halves)
-    assert calls == [0, 512, 1024, 512, 1024]  # the first was reused
+    assert calls == [0, 2, 4] + [0, 2, 4] + [2, 4]  # the first was reused
     assert log.read_bytes() == (whole / "completions.jsonl").read_bytes()
     assert {**got, "settings": 0} == {**want, "settings": 0}
     assert list(got["transfer"]) == [f"0.{i}" for i in range(1, 10)] and got["cut"] == 2
     assert result_of("--samples", str(log), out=tmp_path / "again")["figures"] == got["figures"]
+    assert result_of(*command, out=halves)["figures"] == got["figures"] and len(calls) == 8
     capsys.readouterr()
     assert evaluation.main([*command, "--seed", "1", "--out", str(halves)]) == 2
     assert "another seed" in capsys.readouterr().err
 
 
+def test_ctrl_c_is_one_line_and_the_evaluation_goes_on(command, tmp_path, monkeypatch, capsys):
+    calls = stop_at(2, KeyboardInterrupt(), monkeypatch)
+    assert evaluation.main([*command, "--out", str(tmp_path / "o")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("eval: interrupted")
+    result_of(*command, out=tmp_path / "o")
+    assert calls == [0, 2, 2, 4]
+
+
+def test_completions_of_other_problems_and_a_folder_in_use_are_refused(command, tmp_path, capsys):
+    out = tmp_path / "o"
+    result_of(*command, out=out)
+    before = (out / "completions.jsonl").read_bytes()
+
+    def refused():
+        capsys.readouterr()
+        assert evaluation.main([*command, "--out", str(out)]) == 2
+        assert (out / "completions.jsonl").read_bytes() == before
+        return capsys.readouterr().err.splitlines()[-1]
+
+    lock = rltr.filelock.FileLock(out / ".lock")
+    with lock:
+        assert "another evaluation is writing there" in refused()
+    data = rltr.Path(command[command.index("--data") + 1])
+    rows = data.read_text()
+    for changed in (rows.replace("Q3", "Q9"), rows.replace('"1"', '"2"'), rows[: rows.index("\n")]):
+        data.write_text(changed)
+        assert "other problems" in refused()
+    data.write_text(rows)
+    result_of(*command, out=out)
+
+
+def test_random_numbers_are_new_in_every_chunk_and_do_not_depend_on_the_receiver(
+    command, tmp_path, monkeypatch
+):
+    same = [{"question": "Q1?", "answer": "1"}] * 3
+    command[command.index("--data") + 1] = write_lines(tmp_path / "same.jsonl", same)
+    seeds = []
+
+    def noting(model, prompts, **settings):
+        if isinstance(settings["seed"], tuple):  # not that of check_model
+            seeds.append(settings["seed"])
+        return generate(model, prompts, **settings)
+
+    def texts(name, *flags):
+        result_of(*command, *flags, out=tmp_path / name)
+        lines = (tmp_path / name / "completions.jsonl").read_text().splitlines()
+        return [json.loads(line)["completions"] for line in lines]
+
+    monkeypatch.setattr(rltr, "generate", noting)
+    monkeypatch.setattr(evaluation, "CHUNK_ROWS", 512)
+    first, second, third = texts("a")
+    assert first != second and second != third and first != third
+    assert len(seeds) == len(set(seeds)) == 4  # two chunks, each the generator's and the receiver's
+    assert texts("b", "--receiver", "") == [first, second, third]
+    assert texts("c", "--seed", "1")[0] != first
+
+
+# -- the closing table of a run
+
+
+@pytest.fixture
+def finished_run(task, tmp_path):
+    """Makes a run by hand: the generator has become as good as the receiver."""
+
+    def make(name="run", **settings):
+        folder = tmp_path / name
+        rltr.shutil.copytree(task / "receiver", folder / "final")
+        names = {"model": str(task / "generator"), "receiver": str(task / "receiver")}
+        data = {"eval_data": str(task / "train.jsonl"), "eval_k": 8, "prompt": "{question}"}
+        lengths = {"max_new_tokens": 28, "receiver_margin": 3, "seed": 4, "device": "cpu"}
+        config = Config(**(names | data | lengths | settings), out=str(folder))
+        (folder / "config.json").write_text(json.dumps(vars(config)))
+        return folder
+
+    return make
+
+
+def table_of(folder, *flags):
+    assert evaluation.main(["--run", str(folder), *flags]) == 0
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def names_in(printed):
+    return [line.split()[0] for line in printed.splitlines()[1:]]
+
+
+SHOWN = ["accuracy", "Maj@8", *(f"transfer@0.{i}" for i in (1, 3, 5, 7, 9))]
+
+
+@pytest.mark.parametrize("transfer_weight", [1.0, 0.0])
+def test_the_table_of_a_run_compares_its_model_before_and_after(
+    finished_run, task, tmp_path, capsys, transfer_weight
+):
+    folder = finished_run(transfer_weight=transfer_weight, limit=3, split="train")
+    table = table_of(folder)
+    printed = capsys.readouterr().out
+    assert printed.startswith("before -> after, 9 problems") and names_in(printed) == SHOWN
+    # The same numbers as by hand. The prompt is that of the run, without a flag for final/.
+    flags = f"--data {task}/train.jsonl --k 8 --max-new-tokens 28 --seed 4 --device cpu"
+    flags += f" --receiver {task}/receiver --receiver-margin 3"
+    after = result_of("--model", str(folder / "final"), *flags.split(), out=tmp_path / "after")
+    flags += " --prompt {question}"
+    before = result_of("--model", f"{task}/generator", *flags.split(), out=tmp_path / "before")
+    assert table == {"before": before["figures"], "after": after["figures"]}
+    assert table["before"]["tokens"] != table["after"]["tokens"]
+
+
+def test_a_run_without_transfer_needs_no_receiver_for_its_table(finished_run, capsys):
+    nobody = {"receiver": "nobody/nothing"}
+    table = table_of(finished_run(transfer_weight=0.0, **nobody))
+    shown = capsys.readouterr()
+    assert names_in(shown.out) == ["accuracy", "Maj@8"] and "transfer@0.5" not in table["after"]
+    [line] = [line for line in shown.err.splitlines() if line.startswith("eval: ")]
+    assert "without transfer" in line and "nobody/nothing" in line
+    # Where it was trained with, or where it was asked for, it must be there.
+    for number, (weight, flags) in enumerate([(1.0, []), (0.0, ["--receiver", "no/body"])]):
+        folder = finished_run(str(number), transfer_weight=weight, **nobody)
+        assert evaluation.main(["--run", str(folder), *flags]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("eval: model no")
+
+
+def test_the_receiver_self_of_a_run_is_its_generator_at_the_start(finished_run, task):
+    by_name = table_of(finished_run("a", receiver=str(task / "generator")))
+    assert table_of(finished_run("b", receiver="self")) == by_name
+    assert table_of(finished_run("c"), "--receiver", "self") == by_name
+
+
+def test_flags_replace_settings_of_the_run_and_its_table_goes_on(
+    finished_run, task, tmp_path, monkeypatch, capsys
+):
+    folder = finished_run(eval_data="")
+    flags = ["--data", f"{task}/train.jsonl", "--limit", "5", "--k", "4"]
+    flags += ["--receiver", "", "--out", str(tmp_path / "o")]
+    calls = stop_at(2, UserError("power cut"), monkeypatch)
+    assert evaluation.main(["--run", str(folder), *flags]) == 2
+    table = table_of(folder, *flags)
+    assert calls == [0, 0, 0]  # before, after: stopped, after
+    assert "5 problems" in capsys.readouterr().out and "transfer@0.5" not in table["before"]
+    assert "Maj@4" in table["before"] and "Maj@8" not in table["before"]
+
+
+def test_what_is_no_finished_run_is_refused_in_one_line(finished_run, tmp_path, capsys):
+    good = finished_run("good")
+    unfinished = finished_run("unfinished")
+    rltr.shutil.rmtree(unfinished / "final")
+    damaged = {"torn": '{"model": "a', "list": "[]", "other": '{"vocab_size": 9}'}
+    damaged |= {"kinds": '{"prompt": 5}', "deep": "[" * 9999, "seed": '{"seed": -1}'}
+    for name, text in damaged.items():
+        (finished_run(name) / "config.json").write_text(text)
+    cases = {
+        str(tmp_path / "nowhere"): "no run",
+        str(unfinished): "no final/",
+        str(finished_run("without", eval_data="")): "--eval-data",
+        str(finished_run("data", eval_data="gone.jsonl")): "gone.jsonl",
+        str(finished_run("start", model="no/model")): "no/model",
+        **{str(tmp_path / name): "" for name in damaged},
+    }
+    for folder, message in cases.items():
+        assert evaluation.main(["--run", folder]) == 2, folder
+        err = capsys.readouterr().err
+        assert err.startswith("eval: ") and err.count("\n") == 1 and message in err, err
+    for flags in (["--model", "m"], ["--k", "0"], ["--device", "abacus"], ["--lr", "1"]):
+        assert evaluation.main(["--run", str(good), *flags]) == 2
+
+
 def test_bad_input_is_one_line(model, tmp_path, capsys):
     good, run = write_lines(tmp_path / "good.jsonl", sample_rows()), ["--model", model]
     line, bad = '{"problem": "q", "answer": "1", "completions": %s}\n', []
+    drawn = '{"problem": "q", "answer": "1", "completions": ["a"], "drawn": %s}\n'
     for i, text in enumerate(
         [
             "",
@@ -2018,10 +3079,33 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
             "[" * 9999,
             "\0\x1b[31m\n",
             '{"answer": "1"}',
+            *(drawn % text for text in ("[]", "5", '{"tokens": []}', '{"finished": ["x"]}')),
+            *(drawn % f'{{"cuts": {cuts}}}' for cuts in ("5", "[5]", '[{"tau": []}]', '{"a": 1}')),
         ]
     ):
         bad.append(str(tmp_path / f"{i}.jsonl"))
         (tmp_path / f"{i}.jsonl").write_text(text)
+    results = []
+    for i, text in enumerate(
+        [
+            "{",
+            "[]",
+            '{"figures": {"a": 1}}',
+            '{"per_problem": [{"problem": "q", "figures": {"a": 1}}]}',
+            '{"figures": {"a": 1}, "per_problem": 5}',
+            '{"figures": {"a": 1}, "per_problem": [5]}',
+            '{"figures": {"a": 1}, "per_problem": [{"problem": "q", "figures": {"a": "x"}}]}',
+            '{"figures": {"a": 1}, "per_problem": [{"problem": "q", "figures": {}}]}',
+            '{"figures": {}, "per_problem": []}',
+        ]
+    ):
+        results.append(str(tmp_path / f"result{i}.json"))
+        (tmp_path / f"result{i}.json").write_text(text)
+    beside = []  # models with a config.json beside them that is not a run's
+    for i, text in enumerate(['{"prompt": "', "[]", '{"prompt": 5}', '{"prompt": "none"}']):
+        beside.append(str(tmp_path / f"run{i}" / "final"))
+        (tmp_path / f"run{i}").mkdir()
+        (tmp_path / f"run{i}" / "config.json").write_text(text)
     for argv in (
         [],
         ["--nonsense"],
@@ -2034,6 +3118,9 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
         ["--samples", str(tmp_path)],
         ["--compare", good, good],
         ["--compare", "no", good],
+        *(["--compare", path, path] for path in results),
+        *(["--model", path, "--data", good] for path in beside),
+        [*run, "--data", good, "--device", "abacus"],
         *([*run, "--temperature", t] for t in ("-1", "nan", "hot")),
         [*run, "--k", "-1"],
         [*run, "--prompt", "none"],

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import generate as peers
+
 import rltr
 
 SIZES = {

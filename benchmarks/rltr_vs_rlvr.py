@@ -1,16 +1,15 @@
 """RLTR against RLVR on the built-in task: the same starts, several seeds, controls and ablations.
 
-    python benchmarks/rltr_vs_rlvr.py --seeds 20 21 22 23 24             # hours on one core
-    python benchmarks/rltr_vs_rlvr.py --only rltr rlvr                   # a part; may run beside others
-    python benchmarks/rltr_vs_rlvr.py --tables --csv benchmarks/rltr_vs_rlvr.csv --figure curves.svg
+    python benchmarks/rltr_vs_rlvr.py --seeds 20 21 22 23 24          # hours on one core
+    python benchmarks/rltr_vs_rlvr.py --only rltr rlvr                # a part; beside others, too
+    python benchmarks/rltr_vs_rlvr.py --tables --csv results.csv --figure curves.svg
 
-Each seed has a warm start, problems, a receiver and a *held-out* receiver of its own; training never
-sees the latter. What is done already is not repeated. Evaluated on 100 held-out problems, 64
-completions each; transfer is measured on 4 of them at tau = 0.1 .. 0.9. The control of
-equal compute, `rlvr_28`, has 28 samples a problem instead of 8: about the time of RLTR with four cuts.
+Each seed has a warm start, problems, a receiver and a *held-out* receiver of its own; training
+never sees the latter. What is done already is not repeated. Evaluated on 100 held-out problems, 64
+completions each; transfer is measured on 4 of them at tau = 0.1 .. 0.9. The control of equal
+compute, `rlvr_14`, has 14 samples a problem instead of 8: about the time of RLTR with its one cut.
 Intervals are Student's t over seeds, of paired differences: each seed is one observation."""
 
-import argparse
 import contextlib
 import csv
 import json
@@ -18,176 +17,175 @@ import os
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+import common
+
 import eval as evaluation
 import rltr
 
 RLVR = ["--transfer-weight", "0"]
-VARIANTS = {  # name -> flags, beside those of the built-in task
+VARIANTS = {  # name -> flags, beside those of the built-in task; {weak} is a receiver
     "rltr": [],
     "rlvr": RLVR,
-    "rlvr_28": [*RLVR, "--group", "28"],
-    "cuts_1": ["--cuts", "1"],
+    "rlvr_14": [*RLVR, "--group", "14"],
     "cuts_2": ["--cuts", "2"],
+    "cuts_4": ["--cuts", "4"],
     "cuts_8": ["--cuts", "8"],
     "b_0.5": ["--transfer-weight", "0.5"],
     "b_1": ["--transfer-weight", "1"],
     "receiver_weak": ["--receiver", "{weak}"],
     "receiver_self": ["--receiver", "self"],
 }
-MAIN = ("rltr", "rlvr", "rlvr_28")
-FIGURES = (
-    "accuracy",
-    "Maj@64",
-    "Pass@64",
-    "transfer@0.3",
-    "transfer@0.5",
-    "transfer@0.7",
-    "held-out transfer@0.3",
-    "held-out transfer@0.5",
-    "held-out transfer@0.7",
-)
+MAIN = ("rltr", "rlvr", "rlvr_14")
+TRANSFER = [f"transfer@{tau}" for tau in (0.3, 0.5, 0.7)]
+FIGURES = ["accuracy", "Maj@64", "Pass@64", *TRANSFER, *(f"held-out {name}" for name in TRANSFER)]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def receivers(seed: int) -> dict[str, Path]:
-    """The training receiver; one more like it, for scoring only; one that makes as many mistakes as
-    the generator does."""
+def other_receiver(seed: int, kind: str) -> Path:
+    """A receiver beside that of training, made at the first call. "heldout": one more like it, for
+    scoring only. "weak": one that makes as many mistakes as the generator does."""
     tiny = rltr.make_tiny(seed)
-    made = {"receiver": tiny / "receiver"}
-    for name, width, flawed, offset in (
-        ("heldout", 72, 0.0, 1001),
-        ("weak", 80, rltr.FLAWED, 1002),
-    ):
-        made[name] = tiny.with_name(f"{tiny.name}-{name}")
-        if not made[name].exists():
-            rltr.write_folder(
-                made[name],
-                lambda partial: rltr.warm_start(
-                    partial / name, width, 600, flawed, 10 * seed + offset
-                ),
-            )
-        made[name] = made[name] / name
-    return made
+    made = tiny.with_name(f"{tiny.name}-{kind}")
+    with filelock.FileLock(f"{made}.lock"):
+        if not made.exists():
+            with rltr.complete_folder(made) as folder:
+                if kind == "weak":
+                    rltr.warm_start(folder / kind, 80, 600, flaws=0.3, seed=10 * seed + 1002)
+                else:
+                    rltr.warm_start(folder / kind, 72, 600, flaws=0.0, seed=10 * seed + 1001)
+    return made / kind
 
 
-def evaluated(model: str, seed: int) -> dict:
-    """All figures of a model: with the training receiver, and transfer with the held-out one."""
-    lm, known = rltr.load_lm(str(model)), receivers(seed)
-    problems = rltr.load_problems(str(rltr.make_tiny(seed) / "test.jsonl"))
-    settings = dict(prompt="{question}", max_new_tokens=32, margin=4, seed=seed)
-    figures = evaluation.evaluate(
-        lm, problems, k=64, receiver=rltr.load_lm(str(known["receiver"])), **settings
-    )["figures"]
-    other = evaluation.evaluate(
-        lm, problems, k=4, receiver=rltr.load_lm(str(known["heldout"])), **settings
-    )["figures"]
-    return figures | {f"held-out {k}": v for k, v in other.items() if k.startswith("transfer@")}
+def evaluate(model: Path, receiver: Path, seed: int, k: int, out: Path) -> dict:
+    """The figures of eval.py."""
+    flags = ["--prompt", "{question}", "--max-new-tokens", "32", "--receiver-margin", "4"]
+    flags += ["--data", str(rltr.make_tiny(seed) / "test.jsonl"), "--device", "cpu"]
+    flags += ["--model", str(model), "--receiver", str(receiver)]
+    flags += ["--k", str(k), "--seed", str(seed), "--out", str(out)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # its table
+        code = evaluation.main(flags)
+    rltr.require(code == 0, f"{out}: eval.py ended with exit code {code}")
+    return json.loads((out / "result.json").read_text())["figures"]
 
 
-def run(variant: str, seed: int, out: Path):
+def all_figures(model: Path, seed: int, out: Path) -> dict:
+    """All figures with the training receiver, and transfer with the held-out one."""
+    figures = evaluate(model, rltr.make_tiny(seed) / "receiver", seed, 64, out / "eval")
+    heldout = other_receiver(seed, "heldout")
+    for name, value in evaluate(model, heldout, seed, 4, out / "eval-heldout").items():
+        if name.startswith("transfer@"):
+            figures[f"held-out {name}"] = value
+    return figures
+
+
+def run(variant: str, seed: int, out: Path, steps: int):
     """Train and evaluate one variant, unless that is done."""
     folder, result = out / f"{variant}-{seed}", out / f"{variant}-{seed}.json"
     if result.exists():
         return
     if variant == "before":
-        figures = {"figures": evaluated(rltr.make_tiny(seed) / "generator", seed)}
-    else:
-        weak = str(receivers(seed)["weak"])
-        flags = [flag.format(weak=weak) for flag in VARIANTS[variant]]
-        code = rltr.main(
-            [
-                "--seed",
-                str(seed),
-                "--out",
-                str(folder),
-                "--show-every",
-                "0",
-                "--save-every",
-                "0",
-                "--eval-data",
-                "",
-                *flags,
-            ]
-        )
-        assert code == 0, f"{folder}: exit code {code}"
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        seconds = sum(v for m in rows for k, v in m.items() if k.startswith("seconds_"))
-        figures = {
-            "seconds": seconds,
-            "training": [m["accuracy"] for m in rows],
-            "figures": evaluated(folder / "final", seed),
-        }
-    rltr.write_file(result, json.dumps(figures))
+        figures = all_figures(rltr.make_tiny(seed) / "generator", seed, folder)
+        rltr.write_file(result, json.dumps({"figures": figures}))
+        return
+    flags = ["--seed", str(seed), "--out", str(folder), "--steps", str(steps), "--eval-data", ""]
+    flags += ["--show-every", "0", "--save-every", "0"]
+    for flag in VARIANTS[variant]:
+        flags.append(str(other_receiver(seed, "weak")) if flag == "{weak}" else flag)
+    if (folder / "config.json").exists():  # begun by an earlier call
+        flags = ["--resume", str(folder)]
+    if not (folder / "final").exists():
+        code = rltr.main(flags)
+        rltr.require(code == 0, f"{folder}: rltr.py ended with exit code {code}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = 0.0
+    for row in rows:
+        seconds += sum(value for name, value in row.items() if name.startswith("seconds_"))
+    report = {
+        "seconds": seconds,
+        "training": [row["accuracy"] for row in rows],
+        "figures": all_figures(folder / "final", seed, folder),
+    }
+    rltr.write_file(result, json.dumps(report))
 
 
-def smooth(values, width=10):
+def smooth(values: list[float], width: int = 10) -> np.ndarray:
     """Mean of the last `width` steps, of as many as there are at the start."""
-    return np.array([np.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))])
+    ends = range(1, len(values) + 1)
+    return np.array([np.mean(values[max(0, end - width) : end]) for end in ends])
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> str:
     """Mean of a - b over seeds with its 95 % interval."""
-    gain, n = a - b, len(a)
-    half = T95[n] * gain.std(ddof=1) / n**0.5 if n > 1 else float("nan")
+    gain, count = a - b, len(a)
+    if count == 1:
+        return f"{gain[0]:+.3f}"
+    half = T95[min(count, 10)] * gain.std(ddof=1) / count**0.5
     return f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]"
 
 
-def spread(values) -> str:
+def spread(values: np.ndarray) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
-def tables(results: dict) -> str:
-    def column(variant, figure, seeds=None):
-        return np.array([results[variant][s]["figures"][figure] for s in seeds or results[variant]])
+def column(results: dict, variant: str, figure: str, seeds: list[int]) -> np.ndarray:
+    return np.array([results[variant][seed]["figures"][figure] for seed in seeds])
 
-    seeds = sorted(set.intersection(*(set(results[v]) for v in ("before", *MAIN))))
+
+def main_table(results: dict, seeds: list[int]) -> list[str]:
+    listed = ", ".join(map(str, seeds))
     lines = [
-        f"Seeds {', '.join(map(str, seeds))}: mean (lowest .. highest); differences with a 95 % "
-        "interval",
+        f"Seeds {listed}: mean (lowest .. highest); differences with a 95 % interval",
         "",
-        "| | before | RLVR | RLVR, 28 samples | RLTR | RLTR - RLVR | RLTR - RLVR 28 |",
+        "| | before | RLVR | RLVR, 14 samples | RLTR | RLTR - RLVR | RLTR - RLVR 14 |",
         "|---" * 7 + "|",
     ]
     for figure in FIGURES:
-        x = {v: column(v, figure, seeds) for v in ("before", *MAIN)}
-        cells = [spread(x[v]) for v in ("before", "rlvr", "rlvr_28", "rltr")]
-        cells += [difference(x["rltr"], x["rlvr"]), difference(x["rltr"], x["rlvr_28"])]
+        x = {variant: column(results, variant, figure, seeds) for variant in ("before", *MAIN)}
+        cells = [spread(x[variant]) for variant in ("before", "rlvr", "rlvr_14", "rltr")]
+        cells += [difference(x["rltr"], x["rlvr"]), difference(x["rltr"], x["rlvr_14"])]
         lines.append(f"| {figure} | {' | '.join(cells)} |")
-    seconds = {v: np.mean([results[v][s]["seconds"] for s in seeds]) for v in MAIN}
+    return lines
+
+
+def speed_lines(results: dict, seeds: list[int]) -> list[str]:
+    """Seconds, and the steps until RLTR is as good as RLVR becomes."""
+    seconds = []
+    for variant in MAIN:
+        mean = np.mean([results[variant][seed]["seconds"] for seed in seeds])
+        seconds.append(f"{variant} {mean:.0f}")
     reached = []
-    for s in seeds:
-        goal = smooth(results["rlvr"][s]["training"])[-1]
-        hits = np.flatnonzero(smooth(results["rltr"][s]["training"])[9:] >= goal) + 10
+    for seed in seeds:
+        goal = smooth(results["rlvr"][seed]["training"])[-1]
+        hits = np.flatnonzero(smooth(results["rltr"][seed]["training"])[9:] >= goal) + 10
         reached.append(str(hits[0]) if len(hits) else "never")
     total = len(results["rlvr"][seeds[0]]["training"])
-    lines += [
+    return [
+        "Training seconds, mean: " + ", ".join(seconds),
         "",
-        "Training seconds, mean: " + ", ".join(f"{v} {t:.0f}" for v, t in seconds.items()),
-        "",
-        f"Steps until RLTR's training accuracy (mean of ten steps) is what RLVR has after "
+        "Steps until RLTR's training accuracy (mean of ten steps) is what RLVR has after "
         f"{total}: {', '.join(reached)} (seeds in order)",
-        "",
-        "| ablation | seeds | accuracy | Maj@64 | held-out transfer@0.5 | accuracy - RLTR | "
-        "seconds |",
-        "|---" * 7 + "|",
     ]
-    for variant in ("rltr", *(v for v in results if v not in ("before", *MAIN)), "rlvr"):
-        mine = [s for s in results[variant] if s in results["rltr"]]
-        cells = [
-            spread(column(variant, f, mine))
-            for f in ("accuracy", "Maj@64", "held-out transfer@0.5")
-        ]
-        gain = (
-            ""
-            if variant == "rltr"
-            else difference(*(column(v, "accuracy", mine) for v in (variant, "rltr")))
-        )
-        time = np.mean([results[variant][s]["seconds"] for s in mine])
-        lines.append(f"| {variant} | {len(mine)} | {' | '.join(cells)} | {gain} | {time:.0f} |")
-    return "\n".join(lines)
+
+
+def ablation_table(results: dict) -> list[str]:
+    shown = ("accuracy", "Maj@64", "held-out transfer@0.5")
+    lines = [f"| ablation | seeds | {' | '.join(shown)} | accuracy - RLTR | seconds |"]
+    lines.append("|---" * 7 + "|")
+    ablations = [variant for variant in results if variant not in ("before", *MAIN)]
+    for variant in ("rltr", *ablations, "rlvr"):
+        seeds = [seed for seed in results[variant] if seed in results["rltr"]]
+        cells = [spread(column(results, variant, figure, seeds)) for figure in shown]
+        gain = ""
+        if variant != "rltr":
+            theirs = column(results, variant, "accuracy", seeds)
+            gain = difference(theirs, column(results, "rltr", "accuracy", seeds))
+        seconds = np.mean([results[variant][seed]["seconds"] for seed in seeds])
+        lines.append(f"| {variant} | {len(seeds)} | {' | '.join(cells)} | {gain} | {seconds:.0f} |")
+    return lines
 
 
 def figure(results: dict, path: str):
@@ -199,11 +197,11 @@ def figure(results: dict, path: str):
 
     panel, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for variant, label, colour in (
-        ("rltr", "RLTR (4 cuts, b = 2)", "#0072b2"),
+        ("rltr", "RLTR (one cut, b = 2)", "#0072b2"),
         ("rlvr", "RLVR", "#d55e00"),
-        ("rlvr_28", "RLVR, 28 samples", "#009e73"),
+        ("rlvr_14", "RLVR, 14 samples", "#009e73"),
     ):
-        curves = np.array([smooth(r["training"]) for r in results[variant].values()])
+        curves = np.array([smooth(run["training"]) for run in results[variant].values()])
         steps = np.arange(1, curves.shape[1] + 1)
         axes.plot(steps, curves.T, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(steps, curves.mean(0), color=colour, linewidth=2.5, label=label)
@@ -213,47 +211,54 @@ def figure(results: dict, path: str):
     panel.savefig(path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
-    parser.add_argument(
-        "--only", nargs="+", choices=["before", *VARIANTS], default=["before", *VARIANTS]
-    )
+def write_csv(results: dict, path: str):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seed", "seconds", *FIGURES])
+        for variant, runs in results.items():
+            for seed, report in runs.items():
+                figures = [round(report["figures"][name], 4) for name in FIGURES]
+                writer.writerow([variant, seed, round(report.get("seconds", 0)), *figures])
+
+
+def main(argv: list[str] | None = None):
+    everything = ["before", *VARIANTS]
+    parser = common.parser(__doc__)
+    seeds = [20, 21, 22, 23, 24]
+    parser.add_argument("--seeds", type=common.whole(0), nargs="+", default=seeds)
+    parser.add_argument("--only", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--steps", type=common.whole(1), default=150)
     parser.add_argument("--out", type=Path, default=Path("runs/rltr-vs-rlvr"))
     parser.add_argument("--tables", action="store_true", help="of what is there; run nothing")
     parser.add_argument("--csv", help="write all results here")
     parser.add_argument("--figure", help="draw the curves here (needs matplotlib)")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    for seed in given.seeds if not given.tables else ():
-        for variant in given.only:
-            with contextlib.redirect_stderr(open(os.devnull, "w")):  # progress bars
-                run(variant, seed, given.out)
+    given = parser.parse_args(argv)
+    if not given.tables:
+        given.out.mkdir(parents=True, exist_ok=True)
+        for seed in given.seeds:
+            for variant in given.only:
+                print(f"{variant}, seed {seed}", flush=True)
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                    run(variant, seed, given.out, given.steps)  # its progress bars go nowhere
+
     results = {}
-    for variant in ("before", *VARIANTS):
-        files = {s: given.out / f"{variant}-{s}.json" for s in given.seeds}
-        found = {s: json.loads(f.read_text()) for s, f in files.items() if f.exists()}
-        results |= {variant: found} if found else {}
+    for variant in everything:
+        for seed in given.seeds:
+            file = given.out / f"{variant}-{seed}.json"
+            if file.exists():
+                results.setdefault(variant, {})[seed] = json.loads(file.read_text())
+    rltr.require(results, f"{given.out}: no results there")
     if given.csv:
-        with open(given.csv, "w", newline="") as file:
-            rows = [
-                {
-                    "variant": v,
-                    "seed": s,
-                    "seconds": round(r.get("seconds", 0)),
-                    **{f: round(r["figures"][f], 4) for f in FIGURES},
-                }
-                for v, found in results.items()
-                for s, r in found.items()
-            ]
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(results, given.csv)
+    complete = [set(results.get(variant, {})) for variant in ("before", *MAIN)]
+    seeds = sorted(set.intersection(*complete))
+    if seeds:
+        lines = [*main_table(results, seeds), "", *speed_lines(results, seeds), ""]
+        print("\n".join(["", *lines, *ablation_table(results)]))
     if given.figure:
+        rltr.require(seeds, f"{given.out}: not all of {', '.join(MAIN)} are there")
         figure(results, given.figure)
-    if all(v in results for v in ("before", *MAIN)):
-        print(tables(results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.command_line("rltr_vs_rlvr", main))

@@ -12,8 +12,6 @@ fp32, the same start and problems. TRL samples with transformers' generate (its 
            leaving out padding; the reward is the answer checker.
 The first step of each is left out."""
 
-import argparse
-import collections
 import json
 import os
 import random
@@ -26,11 +24,16 @@ from pathlib import Path
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+import common
+
 import rltr
 
+LR = 1e-5
 
-def make_ragged(folder):
+
+def make_ragged(folder: Path):
+    """The random model and its problems: one to five questions of the built-in task in one."""
     torch.manual_seed(0)
     source, tokenizer = random.Random(0), rltr.tiny_tokenizer()
     config = transformers.Qwen2Config(
@@ -46,88 +49,85 @@ def make_ragged(folder):
     )
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "generator")
     tokenizer.save_pretrained(folder / "generator")
-    rows = (
-        "".join(rltr.tiny_problem(source)[0] for _ in range(source.randint(1, 5)))
-        for _ in range(1000)
-    )
-    (folder / "train.jsonl").write_text(
-        "".join(json.dumps({"question": question, "answer": "1"}) + "\n" for question in rows)
-    )
+    lines = []
+    for _ in range(1000):
+        questions = [rltr.tiny_problem(source)[0] for _ in range(source.randint(1, 5))]
+        lines.append(json.dumps({"question": "".join(questions), "answer": "1"}) + "\n")
+    (folder / "train.jsonl").write_text("".join(lines))
 
 
-def even(tokens):
+def even(tokens: list[int]) -> float:
     return float(len(tokens) % 2 == 0)
 
 
-def score_lengths(rollouts):
-    for r in rollouts:
-        r.r_answer = even(r.tokens)
+def score_lengths(rollouts: list[rltr.Rollout], config: rltr.Config):
+    """The reward of the ragged work, in place of rltr.score_answers."""
+    for rollout in rollouts:
+        rollout.rewards["answer"] = even(rollout.tokens)
 
 
-def ours(folder, steps, longest, transfer, out):
-    """Seconds of each step, and the share of each phase."""
-    flags = [
-        "--model",
-        f"{folder}/generator",
-        "--receiver",
-        f"{folder}/receiver",
-        "--data",
-        f"{folder}/train.jsonl",
-        "--prompt",
-        "{question}",
-        "--max-new-tokens",
-        str(longest),
-        "--receiver-margin",
-        "4",
-        "--lr",
-        "1e-5",
-        "--format-weight",
-        "0",
-        "--steps",
-        str(steps),
-        "--save-every",
-        "0",
-        "--show-every",
-        "0",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
-    code = rltr.main([*flags, "--transfer-weight", "1" if transfer else "0"])
-    assert code == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
-    phases = collections.Counter()
-    for row in rows:
-        phases.update({key[8:]: value for key, value in row.items() if key.startswith("seconds_")})
-    seconds = [sum(v for k, v in row.items() if k.startswith("seconds_")) for row in rows]
-    return seconds, {name: value / phases.total() for name, value in phases.items()}
+def our_steps(folder: Path, steps: int, longest: int, transfer: bool, out: Path) -> list[dict]:
+    """The metrics of each step of rltr.py but the first."""
+    settings = {
+        "model": folder / "generator",
+        "receiver": folder / "receiver",
+        "data": folder / "train.jsonl",
+        "prompt": "{question}",
+        "max-new-tokens": longest,
+        "receiver-margin": 4,
+        "transfer-weight": int(transfer),
+        "format-weight": 0,
+        "lr": LR,
+        "steps": steps,
+        "save-every": 0,
+        "show-every": 0,
+        "device": "cpu",
+        "out": out,
+    }
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}", str(value)]
+    code = rltr.main(flags)
+    rltr.require(code == 0, f"rltr.py ended with exit code {code}")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return rows[1:]
 
 
-def trl_steps(folder, steps, longest, out):
-    """Seconds of each step of TRL's trainer."""
+def phases(row: dict) -> dict[str, float]:
+    """Seconds of each phase of a step."""
+    return {name[8:]: value for name, value in row.items() if name.startswith("seconds_")}
+
+
+class StepTimes(transformers.TrainerCallback):
+    """Seconds of each step of a trainer."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *_, **__):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def trl_steps(folder: Path, steps: int, longest: int, ragged: bool, out: Path):
+    """Seconds of each step of TRL's trainer but the first, and the mean length of completions."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
-    times, lengths = [], []
+    times, lengths = StepTimes(), []
 
-    class Watch(transformers.TrainerCallback):
-        def on_step_begin(self, *arguments, **settings):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *arguments, **settings):
-            times.append(time.perf_counter() - self.start)
-
-    def right(completions, answer, completion_ids, **settings):
-        lengths.extend(map(len, completion_ids))
-        if longest > 32:
+    def reward(completions, answer, completion_ids, **_):
+        lengths.extend(len(ids) for ids in completion_ids)
+        if ragged:
             return [even(ids) for ids in completion_ids]
-        return [float(rltr.is_correct(c, a)) for c, a in zip(completions, answer)]
+        pairs = zip(completions, answer, strict=True)
+        return [float(rltr.is_correct(text, gold)) for text, gold in pairs]
 
-    rows = [
-        {"prompt": p.question, "answer": p.answer}
-        for p in rltr.load_problems(f"{folder}/train.jsonl", limit=32 * (steps + 1))
-    ]
+    rows = []
+    for problem in rltr.load_problems(str(folder / "train.jsonl"), limit=32 * (steps + 1)):
+        rows.append({"prompt": problem.question, "answer": problem.answer})
     config = GRPOConfig(
         output_dir=str(out),
         use_cpu=True,
@@ -137,7 +137,7 @@ def trl_steps(folder, steps, longest, out):
         max_completion_length=longest,
         temperature=1.0,
         beta=0.0,
-        learning_rate=1e-5,
+        learning_rate=LR,
         max_steps=steps,
         save_strategy="no",
         logging_steps=steps,
@@ -147,69 +147,80 @@ def trl_steps(folder, steps, longest, out):
         top_k=0,
         top_p=1.0,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/generator")
-    model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/generator")
-    GRPOTrainer(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "generator")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "generator")
+    trainer = GRPOTrainer(
         model,
-        reward_funcs=right,
+        reward_funcs=reward,
         args=config,
         processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(rows),
-        callbacks=[Watch()],
-    ).train()
-    return times[1:], statistics.mean(lengths)
+        callbacks=[times],
+    )
+    trainer.train()
+    return times.seconds[1:], statistics.mean(lengths)
 
 
-def compare(name, folder, steps, longest, out):
+def table_row(label: str, seconds: list[float], shares: str = "") -> str:
+    middle = statistics.median(seconds)
+    return f"| {label} | {middle:.2f} ({min(seconds):.2f} .. {max(seconds):.2f}) | {shares} |"
+
+
+def our_row(label: str, rows: list[dict]) -> str:
+    totals = {}
+    for row in rows:
+        for phase, seconds in phases(row).items():
+            totals[phase] = totals.get(phase, 0.0) + seconds
+    whole = sum(totals.values())
+    shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in totals.items()]
+    return table_row(label, [sum(phases(row).values()) for row in rows], ", ".join(shares))
+
+
+def compare(name: str, folder: Path, steps: int, longest: int, out: Path) -> str:
     """A table of both, and the ratio; we go first and last."""
-    rlvr, phases = ours(folder, steps, longest, False, out / "rlvr")
-    theirs, length = trl_steps(folder, steps, longest, out / "trl")
-    again, _ = ours(folder, steps, longest, False, out / "again")
-    rows = [
-        ("rltr.py, RLVR", rlvr, phases),
-        ("TRL GRPOTrainer", theirs, {}),
-        ("rltr.py, RLVR again", again, {}),
-    ]
-    if longest == 32:
-        rows.append(("rltr.py, RLTR with one cut", *ours(folder, steps, 32, True, out / "rltr")))
-    lengths = [json.loads(line)["length"] for line in (out / "rlvr/metrics.jsonl").open()]
+    ragged = name == "ragged"
+    first = our_steps(folder, steps, longest, False, out / "rlvr")
+    theirs, their_length = trl_steps(folder, steps, longest, ragged, out / "trl")
+    again = our_steps(folder, steps, longest, False, out / "again")
+    length = statistics.mean(row["length"] for row in first)
     lines = [
-        f"**{name}**: {len(theirs)} steps; mean length {statistics.mean(lengths):.1f} (rltr.py), "
-        f"{length:.1f} (TRL)",
+        f"**{name}**: {len(theirs)} steps; mean length {length:.1f} (rltr.py), "
+        f"{their_length:.1f} (TRL)",
         "",
         "| | seconds a step: median (lowest .. highest) | phases |",
         "|---|---|---|",
+        our_row("rltr.py, RLVR", first),
+        table_row("TRL GRPOTrainer", theirs),
+        our_row("rltr.py, RLVR again", again),
     ]
-    for label, seconds, phases in rows:
-        shares = ", ".join(f"{k} {v:.0%}" for k, v in phases.items() if v > 0.01)
-        lines.append(
-            f"| {label} | {statistics.median(seconds):.2f} ({min(seconds):.2f} .. "
-            f"{max(seconds):.2f}) | {shares} |"
-        )
-    ratio = statistics.median(theirs) / statistics.median(rlvr + again)
+    if not ragged:
+        rltr_rows = our_steps(folder, steps, longest, True, out / "rltr")
+        lines.append(our_row("rltr.py, RLTR with one cut", rltr_rows))
+    ours = statistics.median(sum(phases(row).values()) for row in first + again)
+    ratio = statistics.median(theirs) / ours
     return "\n".join([*lines, "", f"{ratio:.1f} times TRL's steps per second (RLVR, medians)", ""])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=11)
-    steps = parser.parse_args().steps
+def main(argv: list[str] | None = None):
+    parser = common.parser(__doc__)
+    parser.add_argument("--steps", type=common.whole(2), default=11, help="the first is left out")
+    steps = parser.parse_args(argv).steps
     os.environ["HF_HUB_OFFLINE"] = "1"
     import trl
 
     tables, score_answers = [], rltr.score_answers
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         tables.append(compare("uniform", rltr.make_tiny(0), steps, 32, folder / "uniform"))
         make_ragged(folder)
         rltr.score_answers = score_lengths
         tables.append(compare("ragged", folder, steps, 128, folder / "ragged"))
         rltr.score_answers = score_answers
     print(
-        f"\ntorch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
-        f", CPU, {torch.get_num_threads()} threads\n\n" + "\n".join(tables)
+        f"\ntorch {torch.__version__}, transformers {transformers.__version__}, TRL "
+        f"{trl.__version__}, CPU, {torch.get_num_threads()} threads\n\n" + "\n".join(tables)
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.command_line("step", main))

@@ -1,0 +1,67 @@
+"""What the scripts of this folder share: a mistake on the command line is one line, exit code 2."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for all of them: rltr.py, eval.py
+import rltr
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose description is the first line of a script's docstring."""
+    return rltr.Parser(description=doc.split("\n")[0], allow_abbrev=False)
+
+
+def whole(low: int):
+    """For argparse: a whole number of at least `low`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text[:10]) <= 10**6:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to 1e6")
+        return int(text)
+
+    return read
+
+
+def number(low: float, high: float):
+    """For argparse: a number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        value = float(text)  # argparse says what is wrong with it
+        if not low <= value <= high:  # also true of NaN
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+def device(text: str) -> str:
+    """For argparse: a device that this machine has."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is none ({error})") from None
+    return text
+
+
+def command_line(name: str, main, argv: list[str] | None = None) -> int:
+    """main(argv), and what the user can put right as one line on stderr."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        main(argv)
+        return 0
+    except ModuleNotFoundError as error:
+        message = f"{error}; pip install {error.name}"
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory: {error}"
+    except (rltr.UserError, OSError) as error:
+        message = str(error)
+    print(f"{name}: " + rltr.printable(" ".join(message.split())), file=sys.stderr)
+    return 2
