@@ -584,15 +584,15 @@ class MasterAdamW:
             master = weight
             if weight.dtype != torch.float32:
                 master = weight.detach().to("cpu" if offload else weight.device, torch.float32)
-                hook = functools.partial(self.add_gradient, self.sums, len(self.copies))
+                hook = functools.partial(self.accumulate, self.sums, len(self.copies))
                 weight.register_post_accumulate_grad_hook(hook)
                 self.copies.append((weight, master))
             self.masters.append(master)
         how = {"betas": (0.9, 0.99), "fused": self.masters[0].device.type == "cuda"}
         self.adam = torch.optim.AdamW(self.masters, lr, weight_decay=weight_decay, **how)
 
-    @staticmethod  # a weight that knew the optimizer would keep it in memory after training
-    def add_gradient(sums: dict, place: int, weight):
+    @staticmethod  # the hook lives on the weight: it must not keep the optimizer alive
+    def accumulate(sums: dict, place: int, weight):
         """Called by autograd when the gradient of a weight is complete."""
         if place not in sums:
             sums[place] = torch.zeros_like(weight, dtype=torch.float32)
@@ -608,9 +608,9 @@ class MasterAdamW:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if math.isfinite(norm):
             self.adam.step()
+            for weight, master in self.copies:
+                weight.copy_(master)
         self.zero_grad()
-        for weight, master in self.copies:
-            weight.copy_(master)
         return norm
 
     def zero_grad(self):
@@ -646,8 +646,10 @@ def find_token_budget(generator: LM, optimizer: MasterAdamW, tasks: list, config
         rows_a_batch = max(1, budget // (len(longest_prompt) + length))
         moments = []
         try:
-            moments += [torch.empty_like(master) for master in optimizer.masters * 2]  # Adam's
-            add_gradient(generator, [row] * rows_a_batch * 2, trial)  # the second meets gradients
+            for master in optimizer.masters:  # room for what Adam will keep of each weight
+                moments += [torch.empty_like(master), torch.empty_like(master)]
+            # Two micro-batches, for at the second one the gradients of the first are there.
+            add_gradient(generator, [row] * rows_a_batch * 2, trial)
             fits = True
         except torch.OutOfMemoryError:
             budget = budget // 2 if rows_a_batch > 1 else 0
@@ -720,8 +722,8 @@ def generate(
     try:
         while queue or sampler.active:
             free = capacity - sampler.active
-            # Prompts are read several at a time: not a prefill for every single place.
-            if queue and free >= min(len(queue), max(1, capacity // 8)):
+            enough = max(1, capacity // 8)  # not a prefill for every single free slot
+            if queue and free >= min(len(queue), enough):
                 sampler.admit(queue[:free])
                 queue = queue[free:]
             sampler.advance()
@@ -832,7 +834,7 @@ class Sampler:
             prompts = prompts[count:]
 
     def advance(self):
-        """A step of all active slots; on a GPU eight, for looking at the result is to wait."""
+        """A step of all active slots. On a GPU eight: to look which are done is to wait for it."""
         for _ in range(8 if self.use_graphs else 1):
             self.longest = min(self.longest + 1, self.length)
             if self.use_graphs:
@@ -845,7 +847,7 @@ class Sampler:
         To launch the thousand kernels of a step one by one takes longer than to run them. A graph
         has fixed shapes, so there is one for each bucket of slots (a power of two) and cache length
         (a multiple of 64). Slots beyond the active ones are done: what they write, nobody reads."""
-        slots = min(1 << (self.active - 1).bit_length(), self.capacity)
+        slots = min(1 << (self.active - 1).bit_length(), self.capacity)  # 5 active: 8 slots
         length = min(math.ceil(self.longest / 64) * 64, self.length)
         if (slots, length) in self.graphs:
             self.graphs[slots, length].replay()
@@ -1008,7 +1010,6 @@ def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tenso
 # Is a model's final answer equal to the gold answer? In doubt it is not: reinforcement learning
 # finds every wrong answer that passes for right. No text is executed, and all work is bounded.
 MAX_CHARS = 120  # of an answer
-MAX_ITEMS = 30  # of a list
 # At 120 digits rounding hides no difference between answers: not that of √(10^14+1) and 10^7, of
 # 1-e^{-30} and 1, or of 10^50+1 and 10^50. The last 20 digits may get lost on the way.
 MP = mpmath.mp.clone()
@@ -1049,7 +1050,7 @@ def extract_answer(text: str, fallback: bool = False) -> str | None:
         if depth == 0:
             return rest[1 : brace.start()].strip()
     for pattern in ENDS if fallback else ENDS[:1]:
-        found = re.findall(pattern, text[-2 * MAX_CHARS :], re.M)
+        found = re.findall(pattern, text[-3 * MAX_CHARS :], re.M)
         if found:
             return found[-1]
     return None
@@ -1093,7 +1094,7 @@ def same(a: str, b: str) -> bool:
         return len(names) == 1 and same(answer, other_answer)
     brackets, items = read_list(a)
     other_brackets, others = read_list(b)
-    if brackets != other_brackets or len(items) != len(others) or len(items) > MAX_ITEMS:
+    if brackets != other_brackets or len(items) != len(others) or len(items) > 30:  # enough
         return False
     if brackets == "" and len(items) == 1:
         return same_quantities(items[0], others[0])
@@ -1282,10 +1283,10 @@ PARTS = {
     "VAR": r"[A-Za-z](?:_\w|\([a-z]\))?",
     "VALUE": "[^<≤>≥=,;∪]+",
     "UNIT": "ONE(?:(?: ?/ ?| )ONE)*",
-    "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inches|ft|feet|foot|yd|yard|mile|meter|g|gram|kg|lb"
-    "|pound|oz|ounce|L|liter|mL|gallon|s|sec|second|min|minute|h|hr|hour|day|week|month|year|dollar|cent"
-    "|%|°|rad|unit|J|N|W|V|A|K|eV|keV|meV|MeV|erg|people|student|children|book|page|card|coin|apple"
-    "|point|piece|way|time|grade|square|sq|cubic)s?(?![A-Za-z])POWER",
+    "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inches|ft|feet|foot|yd|yard|mile|meter|g|gram|kg|lb|"
+    r"pound|oz|L|liter|mL|gallon|s|sec|second|min|minute|h|hr|hour|day|week|month|year|dollar|cent|%|"
+    r"°|rad|unit|J|N|W|V|A|K|eV|meV|MeV|erg|people|student|children|book|page|coin|apple|point|piece|"
+    r"ounce|way|time|grade|square|sq|cubic)s?(?![A-Za-z])POWER",
     "POWER": r"(?: ?\^\{?-?[1-9]\}?)?",
 }
 REWRITES = []
@@ -1332,8 +1333,9 @@ def encode_problems(lm: LM, problems: list[Problem], prompt: str, new_tokens: in
 def draw_problems(tasks: list, count: int, seed: int, step: int) -> list:
     """The problems of a step, a function of (seed, step): permutations of the data, end to end."""
     places = range(step * count, (step + 1) * count)
-    epochs = [rng(seed, DATA, place // len(tasks)).permutation(len(tasks)) for place in places]
-    return [tasks[epoch[place % len(tasks)]] for epoch, place in zip(epochs, places, strict=True)]
+    epochs = {place // len(tasks) for place in places}
+    orders = {epoch: rng(seed, DATA, epoch).permutation(len(tasks)) for epoch in epochs}
+    return [tasks[orders[place // len(tasks)][place % len(tasks)]] for place in places]
 
 
 def encode_prompt(lm: LM, question: str | list[dict], prompt: str = PROMPT) -> list[int]:
@@ -1450,14 +1452,15 @@ def check_model(lm: LM):
     # With these, all positions change beyond some length, and cached keys are outdated.
     rope = getattr(config, "rope_parameters", None) or {}
     require(rope.get("rope_type") not in ("longrope", "dynamic"), message)
-    prompt = [i % lm.vocab_size for i in range(8)]
+    n = 8
+    prompt = [i % lm.vocab_size for i in range(n)]
     try:
         [c] = generate(lm.model, [prompt], max_new_tokens=4, vocab_size=lm.vocab_size, seed=0)
         rollout = Rollout(None, prompt, c.tokens, c.logprobs, True, "")
         trained = completion_logprobs(lm, [rollout])[0]
         ids = torch.tensor([prompt + c.tokens], device=lm.model.device)
-        logits = lm.model(input_ids=ids, use_cache=False).logits[0, 7:-1, : lm.vocab_size]
-        plain = logits.float().log_softmax(-1).gather(1, ids[0, 8:, None]).squeeze(1)
+        logits = lm.model(input_ids=ids, use_cache=False).logits[0, n - 1 : -1, : lm.vocab_size]
+        plain = logits.float().log_softmax(-1).gather(1, ids[0, n:, None]).squeeze(1)
         ours = torch.stack([plain.new_tensor(c.logprobs), trained])
         served = ((ours - plain).abs() < 1e-3).all()
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
@@ -1544,14 +1547,14 @@ class Run:
         new = not self.folder.exists()
         require(resume or new, f"{self.folder}: exists; another --out, or --resume {self.folder}")
         if resume:
-            self.claim()
+            self.claim(exists=True)
         self.checkpoint = max(self.checkpoints.glob("step-*[0-9]"), default=None)
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
         lost = not self.checkpoint and (self.folder / "final").exists()
         require(not lost, f"{self.folder}: is finished, but its checkpoints are gone")
 
-    def claim(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def claim(self, exists: bool):
+        self.folder.mkdir(parents=True, exist_ok=exists)  # of two new runs one fails here
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:
             self.lock.acquire()  # until this process ends, however it does
@@ -1579,12 +1582,13 @@ class Run:
             except Exception as error:  # of many kinds, by how it is damaged
                 advice = "damaged, or of another model; delete it to go on from an earlier one"
                 raise UserError(f"{self.checkpoint}: {advice} ({error})") from None
-        else:
-            self.claim()
+        if not self.lock:
+            self.claim(exists=False)
         write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
         for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            steps = [re.match(r'\{"step": (\d+),.*\n', line) for line in lines]  # None: torn
+            # A line begins with its step; one that was torn by a crash does not match.
+            steps = [re.match(r'\{"step": (\d+),.*\n', line) for line in lines]
             kept = sum(bool(step) and int(step[1]) <= self.start for step in steps)
             write_file(log, "".join(lines[:kept]))
         with contextlib.suppress(ValueError):  # only the main thread has a say
@@ -1641,6 +1645,7 @@ def complete_folder(folder: Path):
 
 
 def write_file(path: Path, text: str):
+    """A file that is there with all of its text or as it was before."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)

@@ -2321,7 +2321,8 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
 
 def test_the_commands_of_the_readme_parse():
     here = rltr.Path(rltr.__file__).parent
-    text = (here / "README.md").read_text() + (here / "benchmarks/RESULTS.md").read_text()
+    pages = ("README.md", "docs/reference.md", "benchmarks/RESULTS.md")
+    text = "\n".join((here / page).read_text() for page in pages)
     commands = re.findall(
         r"(?:python|accelerate launch[^`\n]*?) ((?:benchmarks/)?\w+\.py)([^`\n#&|]*)", text
     )

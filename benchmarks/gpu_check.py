@@ -1,335 +1,541 @@
 """One call on a machine with an NVIDIA GPU: is the CUDA path right, and how far from the limit?
 
-    python benchmarks/gpu_check.py --out gpu_check.md          # about 5 minutes, no downloads
+    python benchmarks/gpu_check.py --out gpu_check.md      # at most 8 minutes, no downloads
+    python benchmarks/gpu_check.py --device cpu --size tiny --new 8 --rows 4 --prompts 2 --steps 2
 
-1. Correctness: greedy tokens against transformers' generate, graphs and kernel against the plain
-   step, log-probabilities of the sampler against the trainer's in bf16.
-2. Useful tokens/s at 64 to 512 rows of Qwen2.5-1.5B's shape (random weights), and the percentage of
+1. Correctness: greedy tokens against transformers' generate, steps as CUDA graphs against plain
+   steps, log-probabilities of the sampler against the trainer's in bf16.
+2. Attention: that of a decoding step, written out, against torch's with a boolean mask; which kernel
+   torch chose for prompts.
+3. Useful tokens/s at 64 to 512 rows of Qwen2.5-1.5B's shape (random weights), and the percentage of
    the bound: for each kernel of a decoding step the larger of bytes / measured copy bandwidth and
    FLOP / measured matmul rate; sampling is counted as one pass over the logits.
-3. Against transformers' generate (dynamic; static cache and compile) and continuous batching.
 4. One whole RLTR step, 32 prompts x 8, 512 new tokens, a receiver of the same size.
+5. Memory of an update against what memory.py counts.
+6. The built-in task, learnt on the GPU.
+7. Where the time of decoding goes, and tokens/s against transformers.
 Every part is tried on its own: one that fails is reported, the others run."""
 
-import argparse
 import dataclasses
 import datetime
+import gc
+import json
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+import common
 import generate as peers
+import memory
 
 import rltr
 
-SIZES = {
-    "0.5B": (896, 4864, 24, 14, 2),
-    "1.5B": (1536, 8960, 28, 12, 2),
-    "3B": (2048, 11008, 36, 16, 2),
-    "tiny": (64, 128, 2, 4, 2),
-}
-VOCAB, ROWS = 151_665, 151_936  # Qwen2.5: tokens it knows, rows of its embedding
+PROMPT = 200  # tokens of a prompt
+VOCABULARY = memory.TOKENS
 
 
-def random_qwen(size: str, device: str, dtype=torch.bfloat16):
-    """Qwen2.5's shape with random weights."""
-    hidden, inner, layers, heads, kv_heads = SIZES[size]
-    config = transformers.Qwen2Config(
-        vocab_size=ROWS,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=True,
-        rope_theta=1e6,
-        max_position_embeddings=32768,
-        bos_token_id=None,
-        eos_token_id=VOCAB - 1,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(dtype)
-        model = transformers.Qwen2ForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
-    return model
+@dataclasses.dataclass
+class Bench:
+    """What all parts work with."""
+
+    device: str
+    size: str  # of memory.SHAPES
+    new: int  # tokens of a completion
+    rows: list[int]
+    prompts: int  # of the RLTR step
+    steps: int  # of the learning run
+    lm: rltr.LM
+    receiver: rltr.LM
+    copy_rate: float  # bytes/s, read and written
+    matmul_rate: float  # FLOP/s
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.model.dtype
 
 
-def tokenizer():
+def make_tokenizer():
     """As many tokens as Qwen2.5's, each a made-up word."""
-    words = [f"w{i}" for i in range(VOCAB - 1)] + ["<eos>"]
+    words = [f"w{number}" for number in range(VOCABULARY - 1)] + ["<eos>"]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<eos>",
         unk_token="w0",
-        chat_template="{% for m in messages %}{{ m.content }} {% endfor %}",
+        chat_template="{% for message in messages %}{{ message.content }} {% endfor %}",
     )
 
 
-def wait(device):
-    if device != "cpu":
-        torch.cuda.synchronize()
+def random_prompts(lengths) -> list[list[int]]:
+    return [torch.randint(1, VOCABULARY, (length,)).tolist() for length in lengths]
 
 
-def timed(function, device, repeat=1):
+def timed(function, device: str, repeat: int = 1) -> float:
     """Seconds of the fastest of `repeat` calls, after one more."""
     best = float("inf")
     for _ in range(repeat + 1):
-        wait(device)
+        synchronize(device)
         start = time.perf_counter()
         function()
-        wait(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def ceilings(device):
-    """(bytes/s of a large copy, FLOP/s of a large matmul in the dtype in use), measured."""
-    size, dtype = (2**30, torch.bfloat16) if device != "cpu" else (2**25, torch.float32)
-    a, b = torch.empty(size, dtype=torch.uint8, device=device).random_(), None
-    b = torch.empty_like(a)
-    copy = 2 * size / timed(lambda: b.copy_(a), device, 10)
-    n = 8192 if device != "cpu" else 1024
-    x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return copy, 2 * n**3 / timed(lambda: x @ y, device, 10)
+def synchronize(device: str):
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
-def bound(model, rows: int, context: float, copy: float, rate: float) -> float:
+def measure_rates(device: str) -> tuple[float, float]:
+    """Bytes/s of a large copy and FLOP/s of a large matmul, in the dtype that training uses."""
+    on_cpu = device == "cpu"
+    size = 2**25 if on_cpu else 2**30
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_rate = 2 * size / timed(lambda: target.copy_(source), device, 10)
+    width = 1024 if on_cpu else 8192
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    x = torch.randn(width, width, device=device, dtype=dtype)
+    return copy_rate, 2 * width**3 / timed(lambda: x @ x, device, 10)
+
+
+# ==================================================================================== correctness
+
+KINDS = {
+    "qwen2": {},
+    "llama": {},
+    "mistral": {"sliding_window": 9},
+    "qwen3": {"head_dim": 48},
+    "gemma2": {"head_dim": 80, "sliding_window": 9, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 64, "sliding_window": 9},
+    "olmo2": {},
+    "gpt2": {},
+}
+SMALL = {
+    "vocab_size": 997,
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def correctness(bench: Bench) -> list[str]:
+    """Small random models of several architectures, in fp32."""
+    lines = ["| model | greedy as transformers | graph steps as plain steps | gap | graphs |"]
+    lines.append("|---|---|---|---|---|")
+    for kind, changes in KINDS.items():
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(kind, **SMALL | changes)
+        model = transformers.AutoModelForCausalLM.from_config(config).to(bench.device).eval()
+        prompts = [torch.randint(1, 997, (length,)).tolist() for length in (5, 1, 170, 40)]
+        greedy = count_greedy(model, prompts)
+        same, gap, graphs = compare_steps(model, prompts)
+        lines.append(f"| {kind} | {greedy} | {same} | {gap:.1e} | {graphs} |")
+    return lines
+
+
+def count_greedy(model, prompts: list[list[int]]) -> str:
+    ours = rltr.generate(model, prompts, max_new_tokens=40, temperature=0)
+    same = 0
+    for prompt, completion in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt], device=model.device)
+        mask = torch.ones_like(ids)
+        theirs = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+        same += theirs[0, len(prompt) :].tolist() == completion.tokens
+    return f"{same} of {len(prompts)}"
+
+
+def compare_steps(model, prompts: list[list[int]]) -> tuple[str, float, int]:
+    """How many completions agree, the largest gap of their log-probs, and the graphs captured."""
+    samplers = []
+
+    class SeenSampler(rltr.Sampler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            samplers.append(self)
+
+    work = {"samples": 20, "max_new_tokens": 60, "seed": 1, "max_rows": 50}
+    work["stop_ids"] = range(1, 20)
+    with mock.patch.object(rltr, "Sampler", SeenSampler):
+        graphed = rltr.generate(model, prompts, **work)
+    with mock.patch.object(rltr, "GRAPH_DEVICES", ()):
+        plain = rltr.generate(model, prompts, **work)
+    same, gap = 0, 0.0
+    for a, b in zip(graphed, plain, strict=True):
+        if a.tokens == b.tokens:
+            same += 1
+            gap = max(gap, (torch.tensor(a.logprobs) - torch.tensor(b.logprobs)).abs().max().item())
+    return f"{same} of {len(plain)}", gap, sum(len(sampler.graphs) for sampler in samplers)
+
+
+def gap_to_trainer(bench: Bench) -> list[str]:
+    """The log-probabilities of the sampler against the trainer's."""
+    prompts = random_prompts((20, 90, 200, 50))
+    completions = rltr.generate(
+        bench.lm.model, prompts, max_new_tokens=64, seed=0, vocab_size=VOCABULARY
+    )
+    rollouts, sampled = [], []
+    for prompt, c in zip(prompts, completions, strict=True):
+        rollouts.append(rltr.Rollout(None, prompt, c.tokens, c.logprobs, c.finished, ""))
+        sampled += c.logprobs
+    with torch.no_grad():
+        trained, _ = rltr.completion_logprobs(bench.lm, rollouts)
+    gaps = (trained.cpu() - torch.tensor(sampled)).abs()
+    return [f"{bench.dtype}: mean {gaps.mean():.4f}, max {gaps.max():.4f}"]
+
+
+# ====================================================================================== attention
+
+
+def decode_attention(bench: Bench) -> list[str]:
+    """One layer of a decoding step: rltr.attention against torch's, called ten times in a row."""
+    hidden, _, _, heads, kv_heads, _ = memory.SHAPES[bench.size]
+    head_dim = hidden // heads
+    lines = ["| rows | length | written out, us | torch, boolean mask, us | bound, us | gap |"]
+    lines.append("|---|---|---|---|---|---|")
+    for rows in bench.rows:
+        for length in (PROMPT + bench.new // 2, PROMPT + bench.new):
+            how = {"device": bench.device, "dtype": bench.dtype}
+            query = torch.randn(rows, heads, 1, head_dim, **how)
+            cache = torch.randn(2, rows + 1, kv_heads, length + 64, head_dim, **how)
+            key, value = cache[:, :rows, :, :length]  # a part of the cache, as in Sampler
+            positions = torch.randint(PROMPT, length, (rows, 1), device=bench.device)
+            scale = head_dim**-0.5
+
+            def written_out(query=query, key=key, value=value, positions=positions, scale=scale):
+                return rltr.attention(query, key, value, positions, scale, None, None)
+
+            def torchs(query=query, key=key, value=value, positions=positions, scale=scale):
+                slots = torch.arange(key.shape[2], device=key.device)
+                mask = (slots <= positions)[:, None, None]  # [rows, 1, 1, length]
+                return scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+                )
+
+            ours, theirs = (time_ten(function, bench.device) for function in (written_out, torchs))
+            least = key.nbytes * 2 / bench.copy_rate
+            gap = (written_out() - torchs()).abs().max().item()
+            lines.append(
+                f"| {rows} | {length} | {1e6 * ours:.0f} | {1e6 * theirs:.0f} "
+                f"| {1e6 * least:.0f} | {gap:.0e} |"
+            )
+    return lines
+
+
+def time_ten(function, device: str) -> float:
+    """Seconds of a call, as one of ten; on a GPU within a graph, as in decoding."""
+
+    def ten():
+        for _ in range(10):
+            function()
+
+    if device == "cpu":
+        return timed(ten, device, 5) / 10
+    ten()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ten()
+    return timed(graph.replay, device, 10) / 10
+
+
+def prefill_attention(bench: Bench) -> list[str]:
+    """What torch runs for whole prompts."""
+    hidden, _, _, heads, kv_heads, _ = memory.SHAPES[bench.size]
+    how = {"device": bench.device, "dtype": bench.dtype}
+    query = torch.randn(8, heads, PROMPT, hidden // heads, **how)
+    key = torch.randn(8, kv_heads, PROMPT, hidden // heads, **how)
+
+    def attend():
+        scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+
+    seconds = timed(attend, bench.device, 5)
+    activities = [ProfilerActivity.CPU]
+    if bench.device != "cpu":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as record:
+        attend()
+        synchronize(bench.device)
+    names = [event.key for event in record.key_averages()]
+    names = [name for name in names if "attention" in name or "fmha" in name or "flash" in name]
+    lines = [f"8 prompts of {PROMPT} tokens, one layer, {1e6 * seconds:.0f} us:", ""]
+    return lines + [f"- `{name[:110]}`" for name in names]
+
+
+# ======================================================================================= sampling
+
+
+def bound(bench: Bench, rows: int, context: float) -> float:
     """Least seconds of a decoding step of `rows` rows that attend to `context` tokens each."""
-    config, size = model.config, model.dtype.itemsize
+    model = bench.lm.model
+    config, size = model.config, bench.dtype.itemsize
+
+    def least(bytes_moved: float, flop: float) -> float:
+        return max(bytes_moved / bench.copy_rate, flop / bench.matmul_rate)
+
     total = 0.0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             k, n = module.in_features, module.out_features
-            total += max(size * (k * n + rows * (k + n)) / copy, 2 * rows * k * n / rate)
-    head_dim, layers = config.hidden_size // config.num_attention_heads, config.num_hidden_layers
-    attention = max(
-        size * rows * context * 2 * config.num_key_value_heads * head_dim / copy,
-        4 * rows * context * config.num_attention_heads * head_dim / rate,
-    )
-    other = size * rows * (2 * 4 * config.hidden_size + 3 * config.intermediate_size) / copy
-    return total + layers * (attention + other) + size * rows * config.vocab_size / copy
+            total += least(size * (k * n + rows * (k + n)), 2 * rows * k * n)
+    head_dim = config.hidden_size // config.num_attention_heads
+    cache_bytes = size * rows * context * 2 * config.num_key_value_heads * head_dim
+    attention = least(cache_bytes, 4 * rows * context * config.hidden_size)
+    others = size * rows * (8 * config.hidden_size + 3 * config.intermediate_size)
+    total += config.num_hidden_layers * (attention + others / bench.copy_rate)
+    return total + size * rows * config.vocab_size / bench.copy_rate
 
 
-def correctness(device):
-    """Small random models of several architectures: ours against transformers, in fp32."""
-    lines = [
-        "| model | greedy as transformers | kernel and graphs as the plain step | gap |",
-        "|---|---|---|---|",
-    ]
-    sizes = dict(
-        vocab_size=997,
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    kinds = {
-        "qwen2": {},
-        "llama": {},
-        "mistral": {"sliding_window": 9},
-        "qwen3": {"head_dim": 48},
-        "gemma2": {"head_dim": 80, "sliding_window": 9, "attn_logit_softcapping": 5.0},
-        "gemma3_text": {"head_dim": 64, "sliding_window": 9},
-        "olmo2": {},
-        "gpt2": {},
-    }
-    for kind, changes in kinds.items():
-        torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(kind, **sizes | changes)
-        model = transformers.AutoModelForCausalLM.from_config(config).to(device).eval()
-        prompts = [torch.randint(1, 997, (n,)).tolist() for n in (5, 1, 170, 40)]
-        ours = rltr.generate(model, prompts, max_new_tokens=40, temperature=0)
-        same = 0
-        for prompt, c in zip(prompts, ours):
-            ids = torch.tensor([prompt], device=device)
-            out = model.generate(ids, attention_mask=ids**0, max_new_tokens=40, do_sample=False)
-            same += out[0, len(prompt) :].tolist() == c.tokens
-        work = dict(samples=20, max_new_tokens=60, seed=1, stop_ids=range(1, 20), max_rows=50)
-        fused, triton = rltr.generate(model, prompts, **work), rltr.triton
-        rltr.triton = None
-        plain = rltr.generate(model, prompts, **work)
-        rltr.triton = triton
-        equal = [(a, b) for a, b in zip(fused, plain) if a.tokens == b.tokens]
-        gap = max(abs(x - y) for a, b in equal for x, y in zip(a.logprobs, b.logprobs))
-        lines.append(
-            f"| {kind} | {same} of {len(prompts)} | {len(equal)} of {len(fused)} | {gap:.1e} |"
-        )
-    return lines
-
-
-def gap_to_trainer(lm, device):
-    """bf16 log-probabilities: the sampler's against the trainer's."""
-    prompts = [torch.randint(1, VOCAB, (n,)).tolist() for n in (20, 90, 200, 50)]
-    done = rltr.generate(lm.model, prompts, max_new_tokens=64, seed=0, vocab_size=VOCAB)
-    rows = [rltr.Rollout(None, p, c.tokens, c.logprobs, False, "") for p, c in zip(prompts, done)]
-    with torch.no_grad():
-        trained = rltr.completion_logprobs(lm, rows)[0].cpu()
-    gaps = (trained - torch.tensor([x for c in done for x in c.logprobs])).abs()
-    return [
-        f"log-prob gap sampler - trainer, {lm.model.dtype}: mean {gaps.mean():.4f}, "
-        f"max {gaps.max():.4f}"
-    ]
-
-
-def speed(lm, device, new, counts):
+def sampling(bench: Bench) -> list[str]:
     """Tokens/s at several numbers of rows, and the percentage of the bound."""
-    copy, rate = ceilings(device)
-    lines = [
-        f"measured: copy {copy / 1e9:.0f} GB/s (read + write), matmul {rate / 1e12:.1f} TFLOP/s",
-        "",
-        "| rows | seconds | useful tokens/s | ms/step | bound ms/step | % of the bound |",
-        "|---|---|---|---|---|---|",
-    ]
-    for rows in counts:
-        prompts = [torch.randint(1, VOCAB, (200,)).tolist() for _ in range(max(1, rows // 8))]
-        work = dict(samples=min(rows, 8), max_new_tokens=new, vocab_size=VOCAB, max_rows=rows)
-        seconds = timed(lambda: rltr.generate(lm.model, prompts, seed=1, **work), device)
-        least = sum(bound(lm.model, rows, 200 + t, copy, rate) for t in range(new))
+    lines = ["| rows | seconds | useful tokens/s | ms/step | bound ms/step | % of the bound |"]
+    lines.append("|---|---|---|---|---|---|")
+    for rows in bench.rows:
+        prompts = random_prompts([PROMPT] * max(1, rows // 8))
+        work = {"samples": min(rows, 8), "max_new_tokens": bench.new, "max_rows": rows}
+
+        def sample(prompts=prompts, work=work):
+            rltr.generate(bench.lm.model, prompts, seed=1, vocab_size=VOCABULARY, **work)
+
+        seconds = timed(sample, bench.device)
+        least = sum(bound(bench, rows, PROMPT + step) for step in range(bench.new))
         lines.append(
-            f"| {rows} | {seconds:.2f} | {rows * new / seconds:,.0f} "
-            f"| {1e3 * seconds / new:.2f} | {1e3 * least / new:.2f} "
+            f"| {rows} | {seconds:.2f} | {rows * bench.new / seconds:,.0f} "
+            f"| {1e3 * seconds / bench.new:.2f} | {1e3 * least / bench.new:.2f} "
             f"| {100 * least / seconds:.0f} |"
         )
     return lines
 
 
-def kernels(lm, device, rows=256, new=16):
+def kernels(bench: Bench) -> list[str]:
     """Where the time of decoding goes: the kernels that take most."""
-    from torch.profiler import ProfilerActivity, profile
+    rows = max(bench.rows) // 2
+    prompts = random_prompts([400] * max(1, rows // 8))
 
-    prompts = [torch.randint(1, VOCAB, (400,)).tolist() for _ in range(rows // 8)]
-    work = dict(samples=8, max_new_tokens=new, vocab_size=VOCAB, max_rows=rows, seed=0)
-    rltr.generate(lm.model, prompts, **work)
-    activity = ProfilerActivity.CUDA if device != "cpu" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as record:
-        rltr.generate(lm.model, prompts, **work)
-    key = "self_device_time_total" if device != "cpu" else "self_cpu_time_total"
-    events = sorted(record.key_averages(), key=lambda e: -getattr(e, key))[:20]
-    return [
-        "| kernel | calls | ms in all |",
-        "|---|---|---|",
-        *(f"| `{e.key[:90]}` | {e.count} | {getattr(e, key) / 1e3:.1f} |" for e in events),
-    ]
+    def sample():
+        rltr.generate(
+            bench.lm.model,
+            prompts,
+            samples=8,
+            max_new_tokens=min(16, bench.new),
+            vocab_size=VOCABULARY,
+            max_rows=rows,
+            seed=0,
+        )
+
+    sample()
+    on_cpu = bench.device == "cpu"
+    with profile(activities=[ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA]) as record:
+        sample()
+    time_of = "self_cpu_time_total" if on_cpu else "self_device_time_total"
+    events = sorted(record.key_averages(), key=lambda e: getattr(e, time_of), reverse=True)
+    lines = [f"16 steps of {rows} rows:", "", "| kernel | calls | ms in all |", "|---|---|---|"]
+    for event in events[:20]:
+        lines.append(
+            f"| `{event.key[:90]}` | {event.count} | {getattr(event, time_of) / 1e3:.1f} |"
+        )
+    return lines
 
 
-def against_transformers(lm, device, new):
+def against_transformers(bench: Bench) -> list[str]:
     """The same ragged work, rows ended by one token in a hundred of the vocabulary."""
-    stops = tuple(range(0, VOCAB, 100))
-    batches = [[torch.randint(1, VOCAB, (n,)).tolist() for n in range(60, 188, 4)]] * 2
+    batches = [random_prompts(range(60, 188, 4)[: bench.prompts])] * 2
     engines = {
         "rltr": peers.ours,
         "transformers generate, dynamic cache": peers.hf_generate,
-        "transformers generate, static cache, compiled": peers.hf_static,
         "transformers generate_batch (continuous batching)": peers.hf_continuous,
     }
-    if device == "cpu":
-        del engines["transformers generate, static cache, compiled"]
-    return peers.table(peers.measure(engines, lm.model, batches, 8, stops, new)).split("\n")
+    if bench.device != "cpu":
+        engines["transformers generate, static cache, compiled"] = peers.hf_static
+    stop_ids = tuple(range(0, VOCABULARY, 100))
+    limit = max(1, bench.new // 2)
+    results = peers.measure(engines, bench.lm.model, batches, 8, stop_ids, limit)
+    return peers.table(results).split("\n")
 
 
-def whole_step(lm, receiver, device, new, prompts):
-    """One RLTR step after another like it; right answers are drawn by lot (weights are random)."""
-    config = rltr.Config(
-        prompts=prompts,
-        max_new_tokens=new,
-        device=device,
-        cuts=1,
-        gradient_checkpointing=True,
-        token_budget=32768,
-    )
-    lm.model.gradient_checkpointing_enable()
-    transfer = rltr.TransferReward(receiver, lm.tokenizer, max_new_tokens=new, device=device)
+# ================================================================================= a step, memory
+
+
+def whole_step(bench: Bench) -> list[str]:
+    """One RLTR step after another like it. As the weights are random, so are the advantages."""
+    lm = bench.lm
+    config = rltr.Config(prompts=bench.prompts, max_new_tokens=bench.new, device=bench.device)
     optimizer = rltr.MasterAdamW(lm.model, config.lr)
-    tasks = [
-        (rltr.Problem(" ".join(f"w{i * j % VOCAB}" for j in range(100)), "1"), None)
-        for i in range(1, prompts + 1)
-    ]
-    tasks = [(p, lm.encode_prompt(p.question, "{question}")) for p, _ in tasks]
+    problems = []
+    for number in range(1, bench.prompts + 1):
+        words = [f"w{number * place % VOCABULARY}" for place in range(PROMPT)]
+        problems.append(rltr.Problem(" ".join(words), "1"))
+    tasks = rltr.encode_problems(lm, problems, "{question}", bench.new)
+    lines = []
+    if bench.device != "cpu":
+        start = time.perf_counter()
+        budget = rltr.find_token_budget(lm, optimizer, tasks, config)
+        config = dataclasses.replace(config, token_budget=budget)
+        seconds = time.perf_counter() - start
+        lines = [f"Token budget {budget}, found in {seconds:.1f} s.", ""]
+
     for step in range(2):
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
         clock = rltr.Clock()
         rollouts = rltr.sample_rollouts(lm, tasks, config, step)
-        clock.lap("sample", sum(len(r.tokens) for r in rollouts))
-        transfer.score(rollouts, step)
-        clock.lap("transfer", sum(c.continuation_length for r in rollouts for c in r.cuts))
-        for i, r in enumerate(rollouts):
-            r.advantage = 1.0 - 2.0 * (i % 2)
+        clock.lap("sample")
+        rltr.score_answers(rollouts, config)
+        rltr.cut_rollouts(rollouts, lm, rltr.draw_taus(len(rollouts), config, step))
+        rltr.continue_cuts(rollouts, lm, bench.receiver, config, (rltr.CONTINUATION, step))
+        rltr.score_transfer(rollouts)
+        clock.lap("transfer")
+        for number, rollout in enumerate(rollouts):
+            rollout.advantage = 1.0 if number % 2 else -1.0
         learned = rltr.update(lm, optimizer, rollouts, config)
-        clock.lap("update", sum(len(r.tokens) for r in rollouts))
-    m, tokens = clock.metrics, sum(len(r.prompt) + len(r.tokens) for r in rollouts)
-    weights = sum(p.numel() for p in lm.model.parameters())
-    rate = 6 * weights * tokens / m["seconds_update"]
-    lines = ["| phase | seconds | tokens/s |", "|---|---|---|"]
-    lines += [
-        f"| {phase} | {m[f'seconds_{phase}']:.2f} | {m[f'tokens_per_s_{phase}']:,} |"
-        for phase in ("sample", "transfer", "update")
-    ]
-    return lines + [
+        clock.lap("update")
+    metrics = clock.metrics(rollouts)
+    lines += ["| phase | seconds | tokens/s |", "|---|---|---|"]
+    for phase, seconds in clock.seconds.items():
+        lines.append(f"| {phase} | {seconds:.2f} | {metrics[f'tokens_per_s_{phase}']:,} |")
+    rate = update_flop(lm.model, rollouts) / clock.seconds["update"]
+    return [
+        *lines,
         "",
-        f"in all {sum(m[k] for k in m if k.startswith('seconds')):.1f} s; peak memory "
-        f"{m['peak_memory_gib']:.1f} GiB; the update does {rate / 1e12:.1f} TFLOP/s (6 FLOP "
-        f"a weight and token, recomputation not counted); log-prob gap mean "
-        f"{learned['logprob_gap_mean']:.4f}, max {learned['logprob_gap_max']:.4f}",
+        f"In all {sum(clock.seconds.values()):.1f} s; peak memory "
+        f"{metrics.get('peak_memory_gib', 0):.1f} GiB. The update does {rate / 1e12:.2f} TFLOP/s, "
+        f"{rate / bench.matmul_rate:.0%} of the matmul rate (6 FLOP a weight and token; attention "
+        f"and what is computed twice not counted). Log-prob gap mean "
+        f"{learned['logprob_gap_mean']:.4f}, max {learned['logprob_gap_max']:.4f}.",
     ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="gpu_check.md")
-    parser.add_argument("--size", default="1.5B", choices=SIZES)
-    parser.add_argument("--new", type=int, default=512, help="new tokens")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts of the RLTR step")
-    parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--device", default="cuda")
-    given = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    device, began = given.device, time.perf_counter()
-    name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
+def update_flop(model, rollouts: list[rltr.Rollout]) -> float:
+    """6 for each weight of a matrix and token; the head works on completion tokens only."""
+    head = model.get_output_embeddings().weight.numel()
+    matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    body = sum(module.weight.numel() for module in matrices) - head
+    completion_tokens = sum(len(rollout.tokens) for rollout in rollouts)
+    all_tokens = completion_tokens + sum(len(rollout.prompt) for rollout in rollouts)
+    return 6.0 * (body * all_tokens + head * completion_tokens)
+
+
+def memory_of_update(bench: Bench) -> list[str]:
+    length = 4 * bench.new
+    settings = [(1, length, False), (8, length, True)]
+    return memory.check(bench.size, settings, bench.device)
+
+
+def learning(bench: Bench) -> list[str]:
+    """rltr.py on the built-in task, with its two tiny models on this device."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "run"
+        flags = ["--device", bench.device, "--steps", str(bench.steps), "--out", str(out)]
+        start = time.perf_counter()
+        code = rltr.main([*flags, "--eval-data", "", "--show-every", "0", "--save-every", "0"])
+        seconds = time.perf_counter() - start
+        rltr.require(code == 0, f"exit code {code}")
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [f"{len(rows)} steps in {seconds:.0f} s, warm start included.", ""]
+    lines += ["| metric | first ten steps | last ten steps |", "|---|---|---|"]
+    for name in ("reward", "accuracy", "transfer", "entropy", "logprob_gap_max"):
+        first = rltr.mean(row[name] for row in rows[:10])
+        last = rltr.mean(row[name] for row in rows[-10:])
+        lines.append(f"| {name} | {first:.3f} | {last:.3f} |")
+    return lines
+
+
+PARTS = {
+    "Correctness, fp32": correctness,
+    "Log-probs, sampler against trainer": gap_to_trainer,
+    "Attention of a decoding step": decode_attention,
+    "Attention of prompts": prefill_attention,
+    "Sampling": sampling,
+    "One step": whole_step,
+    "Memory of an update": memory_of_update,
+    "The built-in task": learning,
+    "Kernels": kernels,
+    "Against transformers": against_transformers,
+}
+
+
+def make_bench(given) -> Bench:
+    dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    model = memory.make_model(given.size, given.device, dtype)
+    lm = rltr.LM(model, make_tokenizer(), (VOCABULARY - 1,), VOCABULARY, 32768)
+    receiver = dataclasses.replace(lm, model=memory.make_model(given.size, given.device, dtype))
+    settings = {
+        name: getattr(given, name) for name in ("device", "size", "new", "rows", "prompts", "steps")
+    }
+    return Bench(**settings, lm=lm, receiver=receiver, **rates(given.device))
+
+
+def rates(device: str) -> dict[str, float]:
+    copy_rate, matmul_rate = measure_rates(device)
+    return {"copy_rate": copy_rate, "matmul_rate": matmul_rate}
+
+
+def main(argv: list[str] | None = None):
+    parser = common.parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.md"))
+    parser.add_argument("--size", default="1.5B", choices=[*memory.SHAPES])
+    parser.add_argument("--new", type=common.whole(2), default=512, help="new tokens")
+    parser.add_argument("--rows", type=common.whole(2), nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--prompts", type=common.whole(1), default=32, help="of the RLTR step")
+    parser.add_argument("--steps", type=common.whole(1), default=60, help="of the built-in task")
+    parser.add_argument("--minutes", type=common.number(0, 1e6), default=8.0)
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS])
+    parser.add_argument("--device", type=common.device, default="cuda")
+    given = parser.parse_args(argv)
+    began = time.perf_counter()
+    name = "CPU" if given.device == "cpu" else torch.cuda.get_device_name()
     text = [
         f"# {name}, Qwen2.5-{given.size} shape",
         "",
         f"{datetime.date.today()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, triton {getattr(rltr.triton, '__version__', 'none')}",
+        f"{transformers.__version__}; {given.new} new tokens, {given.prompts} x 8 in the step",
     ]
-    model = random_qwen(given.size, device, torch.bfloat16 if device != "cpu" else torch.float32)
-    lm = rltr.LM(model, tokenizer(), (VOCAB - 1,), VOCAB, 32768)
-    receiver = dataclasses.replace(lm, model=random_qwen(given.size, device, model.dtype))
-    parts = {
-        "Correctness, fp32": lambda: correctness(device),
-        "Correctness, trainer": lambda: gap_to_trainer(lm, device),
-        "Sampling": lambda: speed(lm, device, given.new, given.rows),
-        f"Kernels of 16 steps of {max(given.rows) // 2} rows": lambda: kernels(
-            lm, device, max(given.rows) // 2
-        ),
-        "Against transformers": lambda: against_transformers(lm, device, given.new // 2),
-        f"One step, {given.prompts} x 8, {given.new} new tokens": lambda: whole_step(
-            lm, receiver, device, given.new, given.prompts
-        ),
-    }
-    for title, part in parts.items():
-        try:
-            lines = part()
-        except Exception:
-            lines = ["FAILED", "```", traceback.format_exc()[-3000:], "```"]
-        text += ["", f"## {title}", "", *lines, "", f"(at {time.perf_counter() - began:.0f} s)"]
-        Path(given.out).write_text("\n".join(text) + "\n")  # what there is, if we are killed
-        print("\n".join(text[-len(lines) - 5 :]), flush=True)
+    rltr.write_file(given.out, "\n".join(text))  # can it be written?
+    bench = make_bench(given)
+    text += [
+        "",
+        f"Measured: copy {bench.copy_rate / 1e9:.0f} GB/s (read + write), matmul "
+        f"{bench.matmul_rate / 1e12:.2f} TFLOP/s",
+    ]
+    print("\n".join(text), flush=True)
+    for title in given.only:
+        start = time.perf_counter()
+        if start - began > 60 * given.minutes:
+            lines = [f"left out: {given.minutes:g} minutes are over"]
+        else:
+            lines = attempt(PARTS[title], bench)
+        part = ["", f"## {title}", "", *lines, "", f"({time.perf_counter() - start:.0f} s)"]
+        text += part
+        print("\n".join(part), flush=True)
+        rltr.write_file(given.out, "\n".join(text) + "\n")  # what there is, if we are killed
+
+
+def attempt(part, bench: Bench) -> list[str]:
+    try:
+        return part(bench)
+    except Exception:
+        return ["FAILED", "```", traceback.format_exc()[-3000:], "```"]
+    finally:  # a failed part leaves nothing behind
+        bench.lm.model.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.command_line("gpu_check", main))
