@@ -1175,7 +1175,10 @@ def parse(tokens: list[str], point: int, level: int) -> MP.mpf | MP.mpc:
         sign = tokens[-1]
         if value != 0 and not abs(MP.mag(value)) < limit:
             raise OverflowError("too large, too small or undefined")
-        if level < LEVELS.get(sign, 0):
+        if sign == "!" and level < 4:  # 2^{3}! is (2^3)!
+            tokens.pop()
+            value = MP.factorial(value)
+        elif level < LEVELS.get(sign, 0):
             tokens.pop()
             value = OPERATIONS[sign](value, parse(tokens, point, RIGHT_LEVELS[sign]))
         elif level < 3 and FACTOR.match(sign) and not (level == 2 and ENDS_ARGUMENT.match(sign)):
@@ -1219,7 +1222,7 @@ ENDS_ARGUMENT = re.compile(r"\\(sin|cos|tan|cot|sec|csc|ln|log|arctan)|[({\[|]")
 GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega"
 LETTER = rf"(?<![\d)}}])[A-Za-z]{{3,}}|[A-Z]{{2,}}|[A-Za-z∞]|\\(?:{GREEK})(?![a-z])|\d+(?=_)"
 NAME = re.compile(rf"(?:{LETTER})'*(?:_(?:\{{[^{{}}]*\}}|\w))?", re.A)
-TOKEN = re.compile(rf"\s*({NAME.pattern}|\d+\.?\d*|\.\d+|√\[\d\]|\\[a-z]+(?:\^\d)?|\S)", re.A)
+TOKEN = re.compile(rf"\s*({NAME.pattern}|\d+\.?\d*|\.\d+|√\[\d\]|\\[a-z]+(?:\^\d)?|!+|\S)", re.A)
 # What may follow a factor without a sign: the x of 2x, but no number and no word.
 FACTOR = re.compile(r"(?![A-Za-z]{3})[A-Za-z∞({√π°\\]")
 # x=5, f(2)=5, A:B=5 ... are the answer 5, but x=y is not y.
@@ -1241,13 +1244,16 @@ SYMBOLS = r"""
 \times *  \cdot *  × *  · *  \div /  ÷ /  − -  \pm ±  \le ≤  \leq ≤  <= ≤  \ge ≥  \geq ≥  >= ≥
 \lt <  \gt >  \ne ≠  \neq ≠  != ≠  \approx ≈  \in ∈  \cup ∪  \infty ∞  \pi π  pi π  \sqrt √  sqrt √
 \{ ⦃  \} ⦄  \% %  pct %  percent %  degrees °  ² ^2  \dfrac \frac  \tfrac \frac  \cfrac \frac
-and ,  or ∪  per /  \emptyset ∅  \varnothing ∅  & ,  \\ ),(
+and ,  or ∪  per /  \emptyset ∅  \varnothing ∅  & ,  \\ ),(  \setminus ∖  sin \sin  cos \cos
+tan \tan  ln \ln  log \log
 """
 SYMBOL = dict(pair.split() for pair in re.split("  |\n", SYMBOLS.strip()))
 # One rewrite a line: what is found, what it becomes, an example. Words in capitals are in PARTS.
 TABLE = r"""
 (?<![\d.,}])([1-9]\d{0,2})GROUPGROUP?GROUP?(?![\d,]|[^(\[⦃]*[)\]⦄])  \1\2\3\4  1,234,567 -> 1234567
-\\(?:left|right|displaystyle|mathbf|boldsymbol|vec)(?![a-z])(?:\.(?!\d))?|\\!  ""  \left(5 -> (5
+\\(?:left|right|[bB]igg?[lrm]?)(?![a-z])(?:\.(?!\d))?|\\!  ""  \left(5 -> (5
+\\(?:(?:display|text)style|limits|math(?:bf|it)|boldsymbol|vec)(?![a-z])  ""  \mathbf{x} -> x
+\\mathbb ?(?:\{R\}|R)|^[Aa]ll real numbers$  (-∞,∞)  x \in \mathbb{R} -> x∈(-∞,∞)
 (?<!\\)\$([^$]*)(?<!\\)\$|(?<!\\)\\[()\[\]]  " \1 "  $5$ -> 5
 [\[(]?\\begin ?\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?  ⟦(  \begin{bmatrix}5\end{bmatrix} -> ⟦(5)⟧
 (?:\),\( ?)?\\end ?\{(?:[pb]matrix|array)\} ?[\])]?  )⟧  \begin{pmatrix}1&2\end{pmatrix} -> ⟦(1,2)⟧
@@ -1260,12 +1266,15 @@ START(NUMBER) ?\\(?:text|mathrm|mbox) ?\{ ?(UNIT)[. ]*\}(POWER) ?STOP  \1@\2\3  
 START(NUMBER)(?: |(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 hours -> 15@hours
 ^ *\(?([A-J])[.)] +(?![-+*/=<>^_!,|(])(?!.*\b[A-J]\b).*  \1  (C) 18 -> C
 (?<=\d) *([ap])\.?m\b\.?  \1m  3:15 p.m. -> 3:15pm
+(?<=\d) ?x ?(?=10 ?\^)  *  3 x 10^4 -> 3*10^4
 \\frac ?(\d) ?(\d)  \\frac{\1}{\2}  \frac12 -> \frac{1}{2}
 (?<![\w.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d{1,3})(?![\w.])  (\1*10^{\2})  2.5e-3 -> (2.5*10^{-3})
 (?<![\w.^}/])(\d+) (\d+) ?/ ?(\d+)(?![\w.])  (\1+\\frac{\2}{\3})  2 1/4 -> (2+\frac{1}{4})
 (?<![\d.^_])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})  (\1+\2)  2\frac14 -> (2+\frac{1}{4})
 (?<=,)[ ,]+|(?<=\W) | (?=\W)|^ |(?<![.,])[.,;:]? ?$  ""  1, 2, and 3. -> 1,2,3
+^\{([^{}]*)\}$  \1  {5} -> 5
 ([_^])\{(\w)\}(?!\w)  \1\2  x_{1} -> x_1
+START(NUMBER)≈[\d.]+STOP  \1  \frac{1}{7} \approx 0.143 -> \frac{1}{7}
 START(VAR)([<≤]VALUE)STOP  -∞<\1\2  x≤3 -> x∈(-∞,3]
 START(VAR)>(VALUE)STOP  \2<\1<∞  x>3 -> x∈(3,∞)
 START(VAR)≥(VALUE)STOP  \2≤\1<∞  x≥3 -> x∈[3,∞)
@@ -1273,6 +1282,7 @@ START(VALUE)<(VAR)(?=[<≤]VALUE)  \2∈(\1,  1<x<5 -> x∈(1,5)
 START(VALUE)≤(VAR)(?=[<≤]VALUE)  \2∈[\1,  1≤x<5 -> x∈[1,5)
 (?<=,)<(VALUE)STOP  \1)  1<x<5 -> x∈(1,5)
 (?<=,)≤(VALUE)STOP  \1]  1<x≤5 -> x∈(1,5]
+([(\[])([^(),]*),([^(),]*)([)\]])∖⦃([^,⦄]*)⦄  \1\2,\5)∪(\5,\3\4  (0,9)\setminus\{2\} -> (0,2)∪(2,9)
 (?<![^,;∪⦃])([^,;∪⦃±]*)±([^,;∪⦄±]*)  \1+\2,\1-\2  1±√2 -> 1+√2,1-√2
 """
 PARTS = {

@@ -2329,7 +2329,7 @@ def test_the_commands_of_the_readme_parse():
     assert not re.findall(r"torchrun .*rltr\.py", text)  # one process, one GPU
     settings = ["--" + name.replace("_", "-") for name in Config.__dataclass_fields__]
     settings += ["--resume", "--help", "--samples", "--compare", "--fallback"]
-    settings += ["--" + name.replace("_", "-") for name, *_ in evaluation.FLAGS]
+    settings += ["--" + name.replace("_", "-") for name in evaluation.FLAGS.split()]
     seen = set()
     for script, rest in commands:
         given = [word.strip('"') for word in shlex.split(rest) if word not in ("...", ")")]
@@ -2349,6 +2349,8 @@ def test_the_commands_of_the_readme_parse():
 # ------------------------------------------------------------------------------------------ answers
 
 EQUAL = r"""
+\mathbb{R} \setminus \{4\} == (-\infty,4)\cup(4,\infty) | 3 x 10^4 == 30000 | \frac17 \approx 0.143 == 1/7 |
+{5} == 5 | {\{4,5\}} == \{4,5\} | 5! == 120 | \frac{10!}{2} == 1814400 | sin 2x == 2 sin x cos x | all real numbers == (-\infty,\infty) |
 1,234,567 == 1234567 | 12{,}500 == 12500 | ７ == 7 | 12\,500 == 12500 | 12,\!500 == 12500 |
 −8 == -8 |
 \frac{3}{16} == .1875 | \tfrac79 == 7/9 | \cfrac{7}{9} == 7/9 | -\frac{7}{9} == \frac{-7}{9} |
@@ -2382,6 +2384,7 @@ x \ge 4 == [4,\infty) | x<4 == (-\infty,4) | 1 < t \le 6 == (1,6] | x \in (1,6] 
 x<1 \text{ or } x>4 == (-\infty,1)\cup(4,\infty) | 0 < f(x) < 1 == (0,1)
 """
 UNEQUAL = r"""
+\frac17 \approx 0.143 != 0.143 | (0,9)\setminus\{2\} != (0,9) | sin x != \cos x | 3x10^4 != 3 | 3!! != 720 | 5! != 5 | (x!)! != x! | 2^3! != 720 |
 6 != 6\sqrt2 | 1/100! != 1/101! | (3,4) != (4,3) | [3,4] != (3,4) | [3,4) != (3,4] | \pm 6 != 6 |
 10:30 != 11:30 | 3:15 am != 3:15 pm | \frac{1}{6} != 16 | 7 != 7! | \frac16 != 0.1667 |
 \sqrt3 != 1.7320508075 | \pi != 3.14159 | 10^{30} != 10^{30}+1 | 45 != 4.5 | 1,234 != 1 |
