@@ -1010,6 +1010,7 @@ def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tenso
 # Is a model's final answer equal to the gold answer? In doubt it is not: reinforcement learning
 # finds every wrong answer that passes for right. No text is executed, and all work is bounded.
 MAX_CHARS = 120  # of an answer
+MAX_ITEMS = 30  # of a list
 # At 120 digits rounding hides no difference between answers: not that of √(10^14+1) and 10^7, of
 # 1-e^{-30} and 1, or of 10^50+1 and 10^50. The last 20 digits may get lost on the way.
 MP = mpmath.mp.clone()
@@ -1084,24 +1085,34 @@ def compare(a: str, b: str) -> str:
 
 
 def same(a: str, b: str) -> bool:
-    """Whether two normalised answers are equal. The name in front of x=5 or of x∈(3,∞), which was
-    x>3, may be left out, but names may not differ. |x|=5 is not 5."""
+    """Whether two normalised answers are equal: as relations, as lists or as quantities."""
     if a == b:
         return a != ""
-    answer, other_answer = NAMED.sub("", a), NAMED.sub("", b)
-    names = {a.removesuffix(answer), b.removesuffix(other_answer)} - {""}
-    if names:
-        return len(names) == 1 and same(answer, other_answer)
+    if NAMED.match(a) or NAMED.match(b):
+        return same_relations(a, b)
+    if read_list(a) != ("", [a]) or read_list(b) != ("", [b]):
+        return same_lists(a, b)
+    return same_quantities(a, b)
+
+
+def same_relations(a: str, b: str) -> bool:
+    """x=5 is 5, and x∈(3,∞), which was x>3, is (3,∞). But names may not differ, nor is |x|=5 5."""
+    answer = NAMED.sub("", a)
+    other = NAMED.sub("", b)
+    names = {a.removesuffix(answer), b.removesuffix(other)} - {""}
+    return len(names) < 2 and same(answer, other)
+
+
+def same_lists(a: str, b: str) -> bool:
+    """Lists, sets and unions in any order; tuples, intervals and matrices in theirs."""
     brackets, items = read_list(a)
     other_brackets, others = read_list(b)
-    if brackets != other_brackets or len(items) != len(others) or len(items) > 30:  # enough
+    if brackets != other_brackets or len(items) != len(others) or len(items) > MAX_ITEMS:
         return False
-    if brackets == "" and len(items) == 1:
-        return same_quantities(items[0], others[0])
     names = {item.removesuffix(NAMED.sub("", item)) for item in items + others}
     if brackets not in ("", "∪") or ("" in names and len(names) > 2):  # x=1,y=2 is 1,2, not 2,1
         return all(map(same, items, others))
-    for item in items:  # of a list, a set or a union: in any order
+    for item in items:
         matches = [other for other in others if same(item, other)]
         if not matches:
             return False
@@ -1112,35 +1123,46 @@ def same(a: str, b: str) -> bool:
 def read_list(text: str) -> tuple[str, list[str]]:
     """("(]", ["0", "1"]) for (0,1]; the brackets of a set are "", of a union of intervals "∪"."""
     brackets = ""
-    items = SEPARATOR.split(text)
+    items = split_outside(text, ",;∪")
     if len(items) > 1 and "∪" in text and re.search(r"[(\[]", text):
         brackets = "∪"
     elif len(items) == 1 and re.fullmatch(r"⦃.*⦄|⟦.*⟧|[(\[].*[,;].*[)\]]", text):
         brackets = (text[0] + text[-1]).replace("⦃⦄", "")
-        items = SEPARATOR.split(text[1:-1])
+        items = split_outside(text[1:-1], ",;∪")
     return brackets, items
 
 
-# A separator is outside of all brackets if what follows it has only whole groups in brackets.
-PIECE = r"[^()\[\]⦃⦄⟦⟧]"
-for _ in range(4):  # deep
-    PIECE = rf"(?:[^()\[\]⦃⦄⟦⟧]|[(\[⦃⟦]{PIECE}*[)\]⦄⟧])"
-SEPARATOR = re.compile(rf"[,;∪](?={PIECE}*$)")
+def split_outside(text: str, separators: str) -> list[str]:
+    """The pieces of a text between the separators that are outside of all brackets."""
+    pieces = [""]
+    depth = 0
+    for character in text:
+        depth += (character in "([{⦃⟦") - (character in ")]}⦄⟧")
+        if depth == 0 and character in separators:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces
 
 
 def same_quantities(a: str, b: str) -> bool:
+    """5@cm, a number with a known unit, is 5 or 5@cm, but not 5@km."""
+    value, _, unit = a.partition("@")
+    other, _, other_unit = b.partition("@")
+    units = {unit.removesuffix("s"), other_unit.removesuffix("s")} - {""}
+    return len(units) < 2 and same_values(value, other)
+
+
+def same_values(a: str, b: str) -> bool:
     """The polynomial identity test: two expressions in x are equal if they agree at random points,
     as different ones do so only by a rare accident. Points where one is undefined do not count,
-    and one or two would not do: x+1 and |x|+1 agree at half of them. A unit, the cm of 5@cm, may
-    be left out, but units may not differ."""
-    (value, _, unit), (other, _, other_unit) = a.partition("@"), b.partition("@")
-    if len({unit.removesuffix("s"), other_unit.removesuffix("s")} - {""}) == 2:
-        return False
-    points = range(16) if NAME.search(value + other) else range(1)
+    and one or two would not do: x+1 and |x|+1 agree at half of them."""
+    points = range(16) if NAME.search(a + b) else range(1)
     agreed = 0
     for point in points:
         try:
-            u, v = value_at(point, value), value_at(point, other)
+            u = value_at(point, a)
+            v = value_at(point, b)
         except ArithmeticError:
             continue
         if abs(u - v) > abs(u) / 10**100:
