@@ -1,6 +1,7 @@
 """What the scripts of this folder share: a mistake on the command line is one line, exit code 2."""
 
 import argparse
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -32,12 +33,23 @@ def number(low: float, high: float):
     """For argparse: a number from `low` to `high`."""
 
     def read(text: str) -> float:
-        value = float(text)  # argparse says what is wrong with it
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:  # also true of NaN
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
         return value
 
     return read
+
+
+def output(text: str) -> Path:
+    """For argparse: a file that may be written. What else is there (a folder, a device) stays."""
+    path = Path(text)
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is there, and not a file")
+    return path
 
 
 def device(text: str) -> str:

@@ -5,8 +5,8 @@
 
 1. Correctness: greedy tokens against transformers' generate, steps as CUDA graphs against plain
    steps, log-probabilities of the sampler against the trainer's in bf16.
-2. Attention: that of a decoding step, written out, against torch's with a boolean mask; which kernel
-   torch chose for prompts.
+2. Attention: that of a decoding step, written out, against torch's with a boolean mask; and which
+   kernel torch chose for prompts.
 3. Useful tokens/s at 64 to 512 rows of Qwen2.5-1.5B's shape (random weights), and the percentage of
    the bound: for each kernel of a decoding step the larger of bytes / measured copy bandwidth and
    FLOP / measured matmul rate; sampling is counted as one pass over the logits.
@@ -475,20 +475,17 @@ def make_bench(given) -> Bench:
     model = memory.make_model(given.size, given.device, dtype)
     lm = rltr.LM(model, make_tokenizer(), (VOCABULARY - 1,), VOCABULARY, 32768)
     receiver = dataclasses.replace(lm, model=memory.make_model(given.size, given.device, dtype))
-    settings = {
-        name: getattr(given, name) for name in ("device", "size", "new", "rows", "prompts", "steps")
-    }
-    return Bench(**settings, lm=lm, receiver=receiver, **rates(given.device))
-
-
-def rates(device: str) -> dict[str, float]:
-    copy_rate, matmul_rate = measure_rates(device)
-    return {"copy_rate": copy_rate, "matmul_rate": matmul_rate}
+    copy_rate, matmul_rate = measure_rates(given.device)
+    settings = {}
+    for name in ("device", "size", "new", "rows", "prompts", "steps"):
+        settings[name] = getattr(given, name)
+    rates = {"copy_rate": copy_rate, "matmul_rate": matmul_rate}
+    return Bench(**settings, **rates, lm=lm, receiver=receiver)
 
 
 def main(argv: list[str] | None = None):
     parser = common.parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("gpu_check.md"))
+    parser.add_argument("--out", type=common.output, default=Path("gpu_check.md"))
     parser.add_argument("--size", default="1.5B", choices=[*memory.SHAPES])
     parser.add_argument("--new", type=common.whole(2), default=512, help="new tokens")
     parser.add_argument("--rows", type=common.whole(2), nargs="+", default=[64, 128, 256, 512])

@@ -10,6 +10,7 @@ fragmentation; the table adds a tenth for that, and the bf16 weights of a receiv
 size. The KV cache of sampling is gone by then; `max_rows` fits it to the memory that is free."""
 
 import contextlib
+import gc
 import sys
 import weakref
 from pathlib import Path
@@ -149,6 +150,7 @@ def allocated(size, rows, length, checkpointing, offload=False, device="cpu") ->
     """The most bytes at once that the device's allocator really handed out."""
     setting = (size, rows, length, checkpointing, offload, device)
     if device != "cpu":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

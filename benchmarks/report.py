@@ -453,10 +453,8 @@ def write_report(argv: list[str] | None):
     parser = common.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--eval", nargs="+", type=Path, default=[], help="result.json of eval.py")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"))
+    parser.add_argument("-o", "--output", type=common.output, default=Path("report.html"))
     given = parser.parse_args(argv)
-    replaceable = given.output.is_file() or not given.output.exists()
-    require(replaceable, f"{given.output}: is there, and not a file; another -o")
     results = {}
     for path in given.eval:
         shape = {"figures": {str: float}}
