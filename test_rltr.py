@@ -2321,7 +2321,9 @@ def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tm
 
 def test_the_forks_of_the_readme_fit_the_file():
     here = rltr.Path(rltr.__file__).parent
-    forks = (here / "README.md").read_text().split("## Fork it")[1].split("**More than one GPU**")[0]
+    forks = (
+        (here / "README.md").read_text().split("## Fork it")[1].split("**More than one GPU**")[0]
+    )
     source = (here / "rltr.py").read_text().splitlines()
     diff = [line[4:] for line in forks.splitlines() if line.startswith("    ")]
     assert sum(line.startswith("+") for line in diff) > 10
