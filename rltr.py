@@ -541,8 +541,8 @@ def token_logprobs(lm: LM, states: torch.Tensor, targets: torch.Tensor, temperat
 
     The same temperature and the same vocabulary as in sampling: rows beyond the tokenizer's
     (Qwen2.5 has 271 of them) do not count."""
-    logits = head_logits(lm.model, states)[:, : lm.vocab_size] / temperature  # [n, V]
-    logprobs = logits.log_softmax(-1)
+    # [n, V], in one expression: with a name the logits would stay in memory beside it.
+    logprobs = (head_logits(lm.model, states)[:, : lm.vocab_size] / temperature).log_softmax(-1)
     entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
     return torch.stack([logprobs.gather(1, targets[:, None]).squeeze(1), entropy])
 
@@ -1898,11 +1898,11 @@ def resolve(config: Config) -> Config:
     """Refuse what is wrong before anything is loaded; name the tiny files and the run."""
     check_settings(config)
     try:
-        torch.zeros(1, device=config.device)
-        if config.device.startswith("cuda"):
-            torch.cuda.set_device(config.device)
+        device = torch.zeros(1, device=config.device).device  # "cuda" is "cuda:0", say
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {config.device}: there is none ({error})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     named = {name: getattr(config, name) for name in ("model", "receiver", "data", "eval_data")}
     if any("{tiny}" in path for path in named.values()):
         tiny = str(make_tiny(config.seed))

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import warnings
 import weakref
 from html import parser as html_parser
@@ -1860,6 +1861,16 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, odd, tmp_path, 
     assert len(error) > 25
     assert sorted(tmp_path.rglob("*")) == before  # no half-made run is left behind
     assert not (odd / "executed").exists()
+
+
+def test_the_cuda_device_in_use_is_set_with_its_number(monkeypatch):
+    """torch.cuda.set_device("cuda") raises ValueError; the default of --device is "cuda"."""
+    chosen = []
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(rltr.torch, "zeros", lambda *size, device: on_gpu)
+    monkeypatch.setattr(rltr.torch.cuda, "set_device", chosen.append)
+    rltr.resolve(Config(model="x", device="cuda", out="y"))
+    assert chosen == [torch.device("cuda", 0)]
 
 
 # ------------------------------------------------------------------------------------------- faults
