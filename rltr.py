@@ -136,11 +136,10 @@ class Config:
 
 
 # With no --model, these replace the fields that the user did not set. {tiny}: the folder that
-# `make_tiny` makes. b = 2 was chosen for this task.
+# `make_tiny` makes.
 TINY = {"model": "{tiny}/generator", "receiver": "{tiny}/receiver", "device": "cpu"}
 TINY |= {"data": "{tiny}/train.jsonl", "eval_data": "{tiny}/test.jsonl", "prompt": "{question}"}
 TINY |= {"max_new_tokens": 32, "receiver_margin": 4, "steps": 150, "lr": 5e-4}
-TINY |= {"transfer_weight": 2.0}
 
 # What random numbers are drawn for. rng(seed, purpose, step, ...) is a function of its keys alone:
 # streams do not disturb each other, and a resumed run has no generator state to restore.

@@ -35,7 +35,7 @@ VARIANTS = {  # name -> flags, beside those of the built-in task; {weak} is a re
     "cuts_4": ["--cuts", "4"],
     "cuts_8": ["--cuts", "8"],
     "b_0.5": ["--transfer-weight", "0.5"],
-    "b_1": ["--transfer-weight", "1"],
+    "b_2": ["--transfer-weight", "2"],
     "receiver_weak": ["--receiver", "{weak}"],
     "receiver_self": ["--receiver", "self"],
 }
@@ -197,7 +197,7 @@ def figure(results: dict, path: str):
 
     panel, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for variant, label, colour in (
-        ("rltr", "RLTR (one cut, b = 2)", "#0072b2"),
+        ("rltr", "RLTR (one cut, b = 1)", "#0072b2"),
         ("rlvr", "RLVR", "#d55e00"),
         ("rlvr_14", "RLVR, 14 samples", "#009e73"),
     ):
