@@ -27,7 +27,8 @@ rate, group size and receiver decoding. Ours, each of them a flag or one functio
   1. a = b = 1, and c = 0.1 where the paper has 1; models, lr and sizes as in `Config`.
   2. The receiver samples at temperature 1. It may write as many tokens as the generator had left
      of --max-new-tokens, plus a margin of 64; a prefix that is too long for its context scores 0.
-  3. The loss is one token mean over the whole batch, clipped at 0.8 and 1.28, with no KL penalty.
+  3. The loss is one token mean over the rollouts of an optimizer step, clipped at 0.8 and 1.28,
+     with no KL penalty.
      AdamW has betas (0.9, 0.99) and no weight decay; linear warm-up, then a constant lr.
   4. Groups whose rewards are all equal hold no information: they leave the update and T.
   5. `--cuts K` averages K independent cuts and continuations: a denser, dearer R_trans.
@@ -91,7 +92,7 @@ class Config:
 
     model: str = option("", "generator: a folder or hub name; empty: the built-in tiny task")
     receiver: str = option(
-        "Qwen2.5-1.5B-Instruct", "frozen receiver: folder, hub name, self (as at start)"
+        "Qwen2.5-1.5B-Instruct", "frozen receiver: folder, hub name, self (untrained)"
     )
     data: str = option("math", "gsm8k, math, math500, aime24, amc23, a hub id, or a local file")
     split: str = option("", "split of a hub data set; empty: its training split")
@@ -126,7 +127,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory")
     offload: bool = option(False, "master weights and Adam's moments in host memory")
     # -- the run
-    seed: int = option(0, "seed of everything random", 0, 2**63)
+    seed: int = option(0, "seed of everything random", 0, 2**62)
     save_every: int = option(50, "steps between checkpoints (0: only at the end)", 0)
     keep: int = option(2, "checkpoints to keep", 1)
     show_every: int = option(25, "steps between groups shown to read (0: never)", 0)
@@ -267,15 +268,15 @@ def train(config: Config, resume: bool = False) -> Path:
             metrics = {"step": step + 1, "lr": lr, **summarize(rollouts, config), **learned}
             metrics |= clock.metrics(rollouts)
             run.log(metrics, rollouts[: config.group])  # of the rollouts a group, to read
-            report(bar, metrics, rollouts, config)
             run.save_if_due(generator, optimizer, step + 1)
+            report(bar, metrics, rollouts, config)
         return run.finish(generator)
 
 
 def sample_rollouts(generator: LM, tasks: list, config: Config, step: int) -> list[Rollout]:
     """Step 1: G completions of each problem, y ~ pi(. | x).
 
-    Tasks are pairs of a problem and its prompt in token ids. Sampled is from the full softmax (no
+    Tasks are pairs of a problem and its prompt in token ids. Sampling is from the full softmax (no
     top-k, no top-p), for the loss speaks of that distribution."""
     completions = generate(
         generator.model,
@@ -348,7 +349,7 @@ def continue_cuts(rollouts: list, generator: LM, receiver: LM, config: Config, k
     for rollout in rollouts:
         question = encode_prompt(receiver, rollout.problem.question, config.prompt)
         for cut in rollout.cuts:
-            if cut.continued:
+            if cut.continued:  # by another receiver, in a fork
                 continue
             cut.continued = True
             # The receiver reads the question in its own form, then the prefix as if it had written
@@ -456,7 +457,7 @@ def update(generator: LM, optimizer: MasterAdamW, rollouts: list[Rollout], confi
     """Step 8: ascend the token mean of the objective over all groups that are not dead.
 
     One optimizer step, or `epochs` passes of `minibatches` steps, each with a T of its own. Returns
-    metrics: None where all groups were dead or a gradient was not finite (no step is made then)."""
+    metrics: None where all groups were dead or a gradient was not finite (which makes no step)."""
     live = live_groups(rollouts, config.group)
     token_figures = []
     norms = []
@@ -477,9 +478,9 @@ def update(generator: LM, optimizer: MasterAdamW, rollouts: list[Rollout], confi
         clipped = (rho < 1 - config.clip_low) | (rho > 1 + config.clip_high)
         metrics["objective"] = objective.mean().item()
         metrics["entropy"] = entropy.mean().item()
-        metrics["clip_share"] = clipped.double().mean().item()
+        metrics["clip_share"] = clipped.double().mean().item()  # outside, whatever the sign of A
         metrics["approx_kl"] = (rho - 1 - log_rho).mean().item()  # KL(pi_sampling || pi)
-        metrics["logprob_gap_mean"] = log_rho.abs().mean().item()
+        metrics["logprob_gap_mean"] = log_rho.abs().mean().item()  # of one step: rounding
         metrics["logprob_gap_max"] = log_rho.abs().max().item()
         metrics["grad_norm"] = norms[-1]
     return metrics
@@ -512,8 +513,8 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
 
     A tensor [2, N], the rollouts end to end. What runs out of memory first in training is the
     logits, [rows, time, vocabulary]: a gigabyte for two rows of 1,024 tokens. They never exist
-    here: they are made for `chunk` tokens at a time (default: 2**27 numbers), reduced to one number
-    a token, and made once more in the backward pass (checkpoint)."""
+    here: they are made for `chunk` tokens at a time (by default as many as make 2**27 logits),
+    reduced to one number a token, and made once more in the backward pass (checkpoint)."""
     device = lm.model.device
     rows = [torch.tensor((rollout.prompt + rollout.tokens)[:-1]) for rollout in rollouts]
     # Padding on the right needs no mask, as causality hides it, and lengths say which tokens count,
@@ -549,7 +550,8 @@ def token_logprobs(lm: LM, states: torch.Tensor, targets: torch.Tensor, temperat
 def micro_batches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollout]]:
     """Rows of like length, so that little is padding; rows x longest row <= token_budget.
 
-    The longest come first: if memory runs out, it does so at once and not after an hour."""
+    A longer row is a batch of its own. The longest come first: if memory runs out, it does so at
+    once and not after an hour."""
     batches = []
     width = 0
     for rollout in sorted(rollouts, key=lambda r: len(r.prompt + r.tokens), reverse=True):
@@ -646,7 +648,8 @@ def find_token_budget(generator: LM, optimizer: MasterAdamW, tasks: list, config
         moments = []
         try:
             for master in optimizer.masters:  # room for what Adam will keep of each weight
-                moments += [torch.empty_like(master), torch.empty_like(master)]
+                if master not in optimizer.adam.state:  # a resumed run has it
+                    moments += [torch.empty_like(master), torch.empty_like(master)]
             # Two micro-batches, for at the second one the gradients of the first are there.
             add_gradient(generator, [row] * rows_a_batch * 2, trial)
             fits = True
@@ -899,7 +902,7 @@ class Sampler:
         self.active = staying
         self.done[staying:] = True
         self.position[staying:] = 0
-        if done and staying:
+        if done:
             self.longest = int(self.position.max())
 
     def completions(self) -> list[Completion]:
@@ -1400,6 +1403,7 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 def load_lm(name: str, device: str = "cpu") -> LM:
     """A folder or hub model: bf16 on CUDA, else fp32; no remote code. UserError if unservable."""
+    require(name, "model: no name; Config(**TINY) is the built-in task")
     path = name
     if not Path(name).is_dir():
         use_cache_if_offline()
@@ -1427,6 +1431,8 @@ def load_lm(name: str, device: str = "cpu") -> LM:
         for weight in model.parameters():  # not the buffers: rotary frequencies need fp32
             weight.data = weight.data.bfloat16()
     model.to(device)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # kernels, graphs and memory figures are of this one
     return lm
 
 
@@ -1540,7 +1546,7 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
     require(kind != ".parquet" or Path(source).is_file(), f"{source}: no such file")
     try:
         if kind in (".jsonl", ".json", ".csv"):
-            with open(source, encoding="utf-8", newline="") as file:
+            with open(source, encoding="utf-8-sig", newline="") as file:
                 if kind == ".jsonl":
                     return [json.loads(line) for line in file if line.strip()]
                 return json.load(file) if kind == ".json" else list(csv.DictReader(file))
@@ -1574,18 +1580,26 @@ class Run:
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
         self.signal = 0  # that asks us to stop
+        self.handlers = {}  # of signals, before us
         self.lock = None
-        new = not self.folder.exists()
-        require(resume or new, f"{self.folder}: exists; another --out, or --resume {self.folder}")
+        # A run that died before its first file leaves a lock, and perhaps half a file.
+        used = [p for p in self.folder.glob("*") if p.name != ".lock" and p.suffix != ".partial"]
+        free = not used and (self.folder.is_dir() or not self.folder.exists())
+        require(resume or free, f"{self.folder}: exists; another --out, or --resume {self.folder}")
         if resume:
-            self.claim(exists=True)
-        self.checkpoint = max(self.checkpoints.glob("step-*[0-9]"), default=None)
+            self.claim()
+        self.checkpoint = self.saved()[-1] if self.saved() else None
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
         lost = not self.checkpoint and (self.folder / "final").exists()
         require(not lost, f"{self.folder}: is finished, but its checkpoints are gone")
 
-    def claim(self, exists: bool):
-        self.folder.mkdir(parents=True, exist_ok=exists)  # of two new runs one fails here
+    def saved(self) -> list[Path]:
+        """The checkpoints, the newest last."""
+        folders = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        return sorted(folders, key=lambda path: int(path.name[5:]))
+
+    def claim(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:
             self.lock.acquire()  # until this process ends, however it does
@@ -1596,9 +1610,8 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        with contextlib.suppress(ValueError):  # only the main thread has a say
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         if self.lock:
             self.lock.release()
         if isinstance(error, OSError):
@@ -1614,7 +1627,9 @@ class Run:
                 advice = "damaged, or of another model; delete it to go on from an earlier one"
                 raise UserError(f"{self.checkpoint}: {advice} ({error})") from None
         if not self.lock:
-            self.claim(exists=False)
+            self.claim()
+            faster = (self.folder / "config.json").exists()
+            require(not faster, f"{self.folder}: another run has begun there")
         write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
         for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
@@ -1623,8 +1638,8 @@ class Run:
             kept = sum(bool(step) and int(step[1]) <= self.start for step in steps)
             write_file(log, "".join(lines[:kept]))
         with contextlib.suppress(ValueError):  # only the main thread has a say
-            signal.signal(signal.SIGINT, self.note_signal)
-            signal.signal(signal.SIGTERM, self.note_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.note_signal)
 
     def note_signal(self, number, frame):
         """Ctrl-C or SIGTERM: the step ends and is saved first. A second one stops at once."""
@@ -1645,8 +1660,11 @@ class Run:
             with complete_folder(self.checkpoints / f"step-{step:06d}") as folder:
                 save_lm(generator, folder)
                 torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            for old in sorted(self.checkpoints.glob("step-*[0-9]"))[: -self.config.keep]:
-                shutil.rmtree(old)
+            for old in self.saved()[: -self.config.keep]:
+                shutil.rmtree(old, ignore_errors=True)  # Windows keeps files that are in use
+        self.stop_if_asked()
+
+    def stop_if_asked(self):
         if self.signal:
             print(f"\nstopped; go on with: python rltr.py --resume {self.folder}")
             sys.exit(128 + self.signal)
@@ -1657,6 +1675,7 @@ class Run:
         with complete_folder(final) as folder:
             save_lm(generator, folder)
         print(f"trained model: {final}")
+        self.stop_if_asked()
         return final
 
 
@@ -1678,7 +1697,7 @@ def complete_folder(folder: Path):
 def write_file(path: Path, text: str):
     """A file that is there with all of its text or as it was before."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(text.encode())
     partial.replace(path)
 
 
@@ -1775,8 +1794,10 @@ def show_group(group: list[Rollout]) -> str:
 
 
 def printable(text: str) -> str:
-    """Model text for a terminal: control characters are spelled out."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """Model text for a terminal: control characters, and what it has no code for, spelled out."""
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 # =================================================================================== the tiny task
@@ -1875,7 +1896,7 @@ def make_tiny(seed: int) -> Path:
 # `train`; all pass `resolve` before anything is loaded.
 
 # What may differ when a run is resumed, because it does not change its course.
-HARMLESS = "steps save_every keep show_every eval_data eval_k out device "
+HARMLESS = "steps save_every keep show_every eval_data eval_k out "
 HARMLESS += "token_budget max_rows gradient_checkpointing offload"
 
 
@@ -2000,9 +2021,8 @@ class TransferReward:
         tokenizer = tokenizer or self.receiver.tokenizer
         stop_ids = tuple(stop_ids) or find_stop_ids(None, tokenizer)
         self.generator = LM(None, tokenizer, stop_ids, len(tokenizer), 2**30)  # to read with
-        self.call = int(
-            os.environ.get("RANK", 0)
-        )  # calls of all processes have numbers of their own
+        # Calls are numbered through over all processes, so that each has random numbers of its own.
+        self.call = int(os.environ.get("RANK", 0))
 
     def __call__(self, prompts, completions, answer, completion_ids=None, **others) -> list[float]:
         """prompts and completions: texts or lists of messages -> rewards in [0, 1]."""

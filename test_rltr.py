@@ -1946,10 +1946,9 @@ def test_kill_at_a_chosen_moment(where, name, call, task, whole, tmp_path):
     assert forked(die_at_call) == -9
     if at_the_table:
         assert forked(lambda: rltr.main(["--resume", str(out), "--eval-data", ""])) == 0
-    if (out / "config.json").exists():
-        resumes_to(whole, out)
-    else:  # the very first file was being written
-        assert run(task, out) == 2
+    if not (out / "config.json").exists():  # the very first file was being written
+        assert run(task, out) == 0  # so the folder is free
+    resumes_to(whole, out)
 
 
 def kill_at_random(task, whole, out, kills, seed):
@@ -2080,6 +2079,88 @@ def test_a_signal_finishes_the_step_and_saves_and_a_second_one_stops_at_once(
         assert forked(lambda: rltr.main(["--resume", str(out)])) == 0
         assert read(out, "rollouts") == read(whole, "rollouts")
         assert torch.equal(weights(out / "final"), weights(whole / "final"))
+
+
+def test_a_program_gets_its_signal_handlers_back(task, tmp_path):
+    def mine(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        assert run(task, tmp_path / "b", "--steps 1") == 0
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert run(task, tmp_path / "b") == 2  # exists: ends before any handler was set
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_while_the_final_model_is_written_stops_before_the_table(
+    task, tmp_path, monkeypatch
+):
+    save = rltr.save_lm
+
+    def save_and_signal(lm, folder):
+        if folder.name.startswith("final"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(lm, folder)
+
+    monkeypatch.setattr(rltr, "save_lm", save_and_signal)
+    flags = f"--steps 1 --eval-data {task}/train.jsonl"
+    assert forked(lambda: run(task, tmp_path / "b", flags)) == 128 + signal.SIGTERM
+    assert (tmp_path / "b/final").exists()
+    assert not (tmp_path / "b/evaluation.json").exists()
+
+
+def test_text_that_the_terminal_has_no_code_for_does_not_end_a_run(task, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "Q1>*6;\u2192?", "answer": "0"}) + "\n")
+    flags = "--steps 1 --prompts 1 --group 2 --max-new-tokens 8 --show-every 1 --transfer-weight 0"
+    command = [sys.executable, rltr.__file__, "--model", str(task / "generator"), *flags.split()]
+    command += ["--data", str(data), "--prompt", "{question}", "--out", str(tmp_path / "b")]
+    done = subprocess.run(
+        [*command, "--device", "cpu"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\u2192" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(kind, tmp_path):
+    rows = {"csv": "question,answer\n1+1?,2\n", "jsonl": '{"question": "1+1?", "answer": "2"}\n'}
+    path = tmp_path / f"data.{kind}"
+    path.write_text(rows[kind], encoding="utf-8-sig")
+    assert rltr.load_problems(str(path)) == [Problem("1+1?", "2")]
+
+
+def test_a_resumed_run_does_not_reserve_room_for_adam_twice(monkeypatch):
+    lm = lm_of(tiny())
+    optimizer = rltr.MasterAdamW(lm.model, 1e-3)
+    made = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(rltr.torch, "empty_like", lambda x: made.append(x) or empty_like(x))
+    monkeypatch.setattr(rltr.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(rltr.torch.cuda, "reset_peak_memory_stats", lambda: None)
+    tasks = [(None, [5, 6, 7])]
+    config = Config(max_new_tokens=4, token_budget=16)
+    for weights_without_state in (len(optimizer.masters), 0):
+        made.clear()
+        rltr.find_token_budget(lm, optimizer, tasks, config)
+        assert len(made) == 2 * weights_without_state
+        for master in optimizer.masters:
+            master.grad = torch.zeros_like(master)
+        optimizer.step(1.0)
+
+
+def test_folders_that_only_look_like_checkpoints_do_not_count(task, whole, tmp_path):
+    rltr.shutil.copytree(whole, tmp_path / "b")
+    checkpoints = tmp_path / "b/checkpoints"
+    rltr.shutil.copytree(checkpoints / "step-000004", checkpoints / "step-000004-copy2")
+    assert rltr.main(["--resume", str(tmp_path / "b"), "--steps", "5"]) == 0
+    assert (checkpoints / "step-000005").exists()
 
 
 def test_two_runs_cannot_write_one_folder(task, tmp_path, capfd):
