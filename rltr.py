@@ -1011,7 +1011,7 @@ def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tenso
 # ======================================================================================= answers
 # Is a model's final answer equal to the gold answer? In doubt it is not: reinforcement learning
 # finds every wrong answer that passes for right. No text is executed, and all work is bounded.
-MAX_CHARS = 120  # of an answer
+MAX_CHARS = 100  # of an answer
 MAX_ITEMS = 30  # of a list
 # At 120 digits rounding hides no difference between answers: not that of √(10^14+1) and 10^7, of
 # 1-e^{-30} and 1, or of 10^50+1 and 10^50. The last 20 digits may get lost on the way.
