@@ -414,6 +414,7 @@ def assign_advantages(rollouts: list[Rollout], config: Config):
 
 def group_advantages(rewards, normalize_std: bool = True) -> torch.Tensor:
     """A_i = (R_i - mean) / (std + 1e-6) within each group; [P, G] -> [P, G] in float64.
+
     std is the population's. Where all rewards of a group are equal, A is exactly 0: else the
     rounding error of the mean, divided by a tiny std, would pass for a signal.
 
@@ -442,6 +443,7 @@ def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
 
 def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: float) -> torch.Tensor:
     """Step 8 for each token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A). All [N].
+
     rho = pi / pi_sampling, the probability of a sampled token now over what it was when it was
     sampled. With one optimizer step a batch (the default) nothing has changed in between: rho is 1
     up to rounding, its gradient is that of log pi, and the clip does nothing. It acts with --epochs
@@ -743,7 +745,7 @@ def affordable_rows(model, length: int) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row_bytes = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * max(1, length)
+    row_bytes = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * length
     usable = 2**31  # bytes, where we cannot ask (Windows)
     if model.device.type == "cuda":
         held_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -1739,7 +1741,7 @@ def mean(values) -> float | None:
 
 
 def summarize(rollouts: list[Rollout], config: Config) -> dict:
-    """The metrics of a batch (the README has a line on each)."""
+    """The metrics of a batch (docs/reference.md has a line on each)."""
     groups = grouped(rollouts, config.group)
     votes_right = []
     for group in groups:
