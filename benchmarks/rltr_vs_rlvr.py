@@ -1,23 +1,29 @@
-"""RLTR against RLVR on the built-in task: the same starts, several seeds, controls and ablations.
+"""RLTR against RLVR on the built-in task: the same starts, many seeds, controls and ablations.
 
-    python benchmarks/rltr_vs_rlvr.py --seeds 20 21 22 23 24          # hours on one core
-    python benchmarks/rltr_vs_rlvr.py --only rltr rlvr                # a part; beside others, too
+    python benchmarks/rltr_vs_rlvr.py --seeds 100-139 --only before rltr rlvr rlvr_16
+    python benchmarks/rltr_vs_rlvr.py --seeds 100-111 --only before rltr rlvr rlvr_16 --task mod7
     python benchmarks/rltr_vs_rlvr.py --tables --csv results.csv --figure curves.svg
 
 Each seed has a warm start, problems, a receiver and a *held-out* receiver of its own; training
-never sees the latter. What is done already is not repeated. Evaluated on 100 held-out problems, 64
-completions each; transfer is measured on 4 of them at tau = 0.1 .. 0.9. The control of equal
-compute, `rlvr_14`, has 14 samples a problem instead of 8: about the time of RLTR with its one cut.
-Intervals are Student's t over seeds, of paired differences: each seed is one observation."""
+never sees the latter. What is done already is not repeated, and several processes may share the
+work. Evaluated on 100 held-out problems, 64 completions each; transfer is measured on 4 of them at
+tau = 0.1 .. 0.9. The control of equal compute, `rlvr_16`, has 16 samples a problem instead of 8:
+about the time of RLTR with its one cut. Intervals are Student's t over seeds, of paired
+differences: each seed is one observation."""
 
+import argparse
 import contextlib
 import csv
+import functools
 import json
 import os
+import random
+import re
 import sys
 from pathlib import Path
 
 import filelock
+import mpmath
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,19 +36,64 @@ RLVR = ["--transfer-weight", "0"]
 VARIANTS = {  # name -> flags, beside those of the built-in task; {weak} is a receiver
     "rltr": [],
     "rlvr": RLVR,
-    "rlvr_14": [*RLVR, "--group", "14"],
-    "cuts_2": ["--cuts", "2"],
-    "cuts_4": ["--cuts", "4"],
-    "cuts_8": ["--cuts", "8"],
+    "rlvr_16": [*RLVR, "--group", "16"],
     "b_0.5": ["--transfer-weight", "0.5"],
     "b_2": ["--transfer-weight", "2"],
+    "b_4": ["--transfer-weight", "4"],
+    "transfer_alone": ["--answer-weight", "0"],
+    "cuts_2": ["--cuts", "2"],
+    "cuts_4": ["--cuts", "4"],
     "receiver_weak": ["--receiver", "{weak}"],
     "receiver_self": ["--receiver", "self"],
+    "receiver_greedy": ["--receiver-temperature", "0"],
+    "no_leak": [],  # see cut_before_box
 }
-MAIN = ("rltr", "rlvr", "rlvr_14")
+MAIN = ("rltr", "rlvr", "rlvr_16")
 TRANSFER = [f"transfer@{tau}" for tau in (0.3, 0.5, 0.7)]
 FIGURES = ["accuracy", "Maj@64", "Pass@64", *TRANSFER, *(f"held-out {name}" for name in TRANSFER)]
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+GOAL = 0.8  # training accuracy, for the survival curve
+
+
+# ========================================================================= the task, and a control
+
+parity_problem = rltr.tiny_problem
+cut_anywhere = rltr.cut_rollouts
+
+
+def mod7_problem(source: random.Random, flaws: float = 0.0) -> tuple[str, str, str]:
+    """The built-in problem, but the answer is the result itself: guessing pays one time in seven.
+
+    >>> mod7_problem(random.Random(1))
+    ('Q1>*6;>+2;>-3;>+0;>-3;?', '*6=6+2=1-3=5+0=5-3=2\\\\boxed{2}', '2')
+    """
+    question, chain, _ = parity_problem(source, flaws)
+    truth = int(question[1])
+    for operator, operand in re.findall(r">(.)(\d)", question):
+        truth = rltr.RIGHT[operator](truth, int(operand)) % 7
+    steps = chain.partition("\\boxed")[0]
+    return question, f"{steps}\\boxed{{{steps[-1]}}}", str(truth)
+
+
+def cut_before_box(rollouts: list, generator: rltr.LM, taus):
+    """Step 3 without leakage: tau is a share of what stands before the first box."""
+    box = generator.tokenizer.convert_tokens_to_ids("\\boxed{")
+    for rollout, its_taus in zip(rollouts, taus, strict=True):
+        length = len(rltr.cut_prefix(rollout.tokens, 1.0, generator.stop_ids))
+        before = rollout.tokens.index(box) if box in rollout.tokens else length
+        cut_anywhere([rollout], generator, [its_taus * before / max(1, length)])
+
+
+@contextlib.contextmanager
+def cutting(cut):
+    """While a variant is trained; not while it is evaluated."""
+    rltr.cut_rollouts = cut
+    try:
+        yield
+    finally:
+        rltr.cut_rollouts = cut_anywhere
+
+
+# ============================================================================================ runs
 
 
 def other_receiver(seed: int, kind: str) -> Path:
@@ -98,18 +149,37 @@ def run(variant: str, seed: int, out: Path, steps: int):
     if (folder / "config.json").exists():  # begun by an earlier call
         flags = ["--resume", str(folder)]
     if not (folder / "final").exists():
-        code = rltr.main(flags)
+        with cutting(cut_before_box if variant == "no_leak" else cut_anywhere):
+            code = rltr.main(flags)
         rltr.require(code == 0, f"{folder}: rltr.py ended with exit code {code}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = 0.0
-    for row in rows:
-        seconds += sum(value for name, value in row.items() if name.startswith("seconds_"))
+    config = json.loads((folder / "config.json").read_text())
     report = {
-        "seconds": seconds,
+        **cost(rows, config["prompts"] * config["group"]),
         "training": [row["accuracy"] for row in rows],
         "figures": all_figures(folder / "final", seed, folder),
     }
     rltr.write_file(result, json.dumps(report))
+
+
+def cost(rows: list[dict], rollouts: int) -> dict:
+    """Of all steps, from the lines of metrics.jsonl: seconds, tokens sampled and learnt from."""
+    seconds = sampled = continued = learnt = 0.0
+    for row in rows:
+        seconds += sum(value for name, value in row.items() if name.startswith("seconds_"))
+        tokens = row["length"] * rollouts
+        sampled += tokens
+        continued += row.get("tokens_per_s_transfer", 0) * row.get("seconds_transfer", 0)
+        learnt += tokens * (1 - row["dead_groups"])  # all completions are about as long
+    return {"seconds": seconds, "sampled": sampled, "continued": continued, "learnt": learnt}
+
+
+def seed_range(text: str) -> range:
+    """For argparse: 100-139."""
+    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 100-139")
+    return range(int(found[1]), int(found[2]) + 1)
 
 
 def smooth(values: list[float], width: int = 10) -> np.ndarray:
@@ -118,12 +188,23 @@ def smooth(values: list[float], width: int = 10) -> np.ndarray:
     return np.array([np.mean(values[max(0, end - width) : end]) for end in ends])
 
 
+@functools.cache
+def t_quantile(freedom: int) -> float:
+    """The t beyond which (on both sides) lie 5 % of Student's distribution."""
+
+    def excess(t):
+        x = freedom / (freedom + t**2)
+        return mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) - 0.05
+
+    return float(mpmath.findroot(excess, 2.0))
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> str:
     """Mean of a - b over seeds with its 95 % interval."""
     gain, count = a - b, len(a)
     if count == 1:
         return f"{gain[0]:+.3f}"
-    half = T95[min(count, 10)] * gain.std(ddof=1) / count**0.5
+    half = t_quantile(count - 1) * gain.std(ddof=1) / count**0.5
     return f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]"
 
 
@@ -224,30 +305,37 @@ def write_csv(results: dict, path: str):
 def main(argv: list[str] | None = None):
     everything = ["before", *VARIANTS]
     parser = common.parser(__doc__)
-    seeds = [20, 21, 22, 23, 24]
-    parser.add_argument("--seeds", type=common.whole(0), nargs="+", default=seeds)
+    parser.add_argument("--seeds", type=seed_range, default=seed_range("100-139"), help="FROM-TO")
     parser.add_argument("--only", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--task", choices=("parity", "mod7"), default="parity")
     parser.add_argument("--steps", type=common.whole(1), default=150)
-    parser.add_argument("--out", type=Path, default=Path("runs/rltr-vs-rlvr"))
+    parser.add_argument("--out", type=Path, help="default: runs/rltr-vs-rlvr-TASK")
     parser.add_argument("--tables", action="store_true", help="of what is there; run nothing")
     parser.add_argument("--csv", help="write all results here")
     parser.add_argument("--figure", help="draw the curves here (needs matplotlib)")
     given = parser.parse_args(argv)
+    out = given.out or Path(f"runs/rltr-vs-rlvr-{given.task}")
     if not given.tables:
-        given.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if given.task == "mod7":
+            os.environ["XDG_CACHE_HOME"] = str(out.absolute() / "cache")
+            rltr.tiny_problem = mod7_problem
         for seed in given.seeds:
-            for variant in given.only:
-                print(f"{variant}, seed {seed}", flush=True)
-                with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                    run(variant, seed, given.out, given.steps)  # its progress bars go nowhere
+            # Another process that works on this seed goes on with it.
+            lock = filelock.FileLock(out / f"{seed}.lock", timeout=0)
+            with contextlib.suppress(filelock.Timeout), lock:
+                for variant in given.only:
+                    print(f"{variant}, seed {seed}", flush=True)
+                    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                        run(variant, seed, out, given.steps)  # its progress bars go nowhere
 
     results = {}
     for variant in everything:
         for seed in given.seeds:
-            file = given.out / f"{variant}-{seed}.json"
+            file = out / f"{variant}-{seed}.json"
             if file.exists():
                 results.setdefault(variant, {})[seed] = json.loads(file.read_text())
-    rltr.require(results, f"{given.out}: no results there")
+    rltr.require(results, f"{out}: no results there")
     if given.csv:
         write_csv(results, given.csv)
     complete = [set(results.get(variant, {})) for variant in ("before", *MAIN)]
@@ -256,7 +344,7 @@ def main(argv: list[str] | None = None):
         lines = [*main_table(results, seeds), "", *speed_lines(results, seeds), ""]
         print("\n".join(["", *lines, *ablation_table(results)]))
     if given.figure:
-        rltr.require(seeds, f"{given.out}: not all of {', '.join(MAIN)} are there")
+        rltr.require(seeds, f"{out}: not all of {', '.join(MAIN)} are there")
         figure(results, given.figure)
 
 
