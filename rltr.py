@@ -1341,10 +1341,7 @@ for row in TABLE.strip("\n").splitlines():
 def load_everything(config: Config, checkpoint: Path | None):
     """The generator, the receiver (None where b = 0), and the tasks: problem and prompt ids."""
     problems = load_problems(config.data, config.split, config.limit)
-    if config.eval_data:
-        load_problems(config.eval_data, prefer="test")  # to find out now rather than after training
     generator = load_lm(str(checkpoint or config.model), config.device)
-    tasks = encode_problems(generator, problems, config.prompt, config.max_new_tokens)
     if config.gradient_checkpointing:
         generator.model.gradient_checkpointing_enable()
     receiver = None
@@ -1352,6 +1349,11 @@ def load_everything(config: Config, checkpoint: Path | None):
         name = config.model if config.receiver == "self" else config.receiver
         receiver = load_lm(name, config.device)
         encode_problems(receiver, problems, config.prompt, 1)  # has it room for any of them?
+    tasks = encode_problems(generator, problems, config.prompt, config.max_new_tokens)
+    if config.eval_data:  # what is wrong with it is found now rather than after training
+        closing = load_problems(config.eval_data, prefer="test")
+        fitting = encode_problems(generator, closing, config.prompt, 1)
+        require(len(fitting) == len(closing), f"{config.eval_data}: some problems are too long")
     return generator, receiver, tasks
 
 
@@ -1382,14 +1384,25 @@ def encode_prompt(lm: LM, question: str | list[dict], prompt: str = PROMPT) -> l
     messages = question
     if isinstance(question, str):
         messages = [{"role": "user", "content": prompt.replace("{question}", question)}]
-    text = f"Question: {messages[-1]['content']}\nAnswer:"
+    content = messages[-1]["content"]
+    text = f"Question: {content}\nAnswer:"
     if tokenizer.chat_template:
-        how = {"add_generation_prompt": True, "enable_thinking": False}
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        text = apply_template(tokenizer, messages, add_generation_prompt=True)
+        kept = content.strip() in text
+        require(kept, f"model {tokenizer.name_or_path}: its chat template changes {content!r}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     wants_bos = bos in tokenizer.encode("") and ids[:1] != [bos]  # and the template has none
     return [bos, *ids] if wants_bos else ids
+
+
+def apply_template(tokenizer, messages: list[dict], **how) -> str:
+    how["enable_thinking"] = False
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except Exception as error:  # a template is a program, with errors of its own
+        model = tokenizer.name_or_path
+        raise UserError(f"model {model}: its chat template fails: {error}") from None
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -1418,7 +1431,9 @@ def load_lm(name: str, device: str = "cpu") -> LM:
         raise UserError(f"model {name}: no such folder or hub model, or damaged: {error}") from None
     model.eval()
     config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or 2**30
+    context = getattr(config, "max_position_embeddings", None)
+    context = 2**30 if context is None else context
+    require(context > 0, f"model {name}: its config allows {context} tokens")
     lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context)
     rows = model.get_input_embeddings().num_embeddings
     for what, weights in report.items():  # missing, unexpected, of another shape
@@ -1451,14 +1466,16 @@ def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
     """eos of tokenizer and generation_config, and what the chat template writes after a turn.
     Qwen2.5 *base* has eos <|endoftext|>, but its template ends turns with <|im_end|>."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *np.atleast_1d(configured).tolist()}
+    stops = configured if isinstance(configured, list) else [configured]
+    stops = [stop for stop in [tokenizer.eos_token_id, *stops] if stop is not None]
+    require(all(type(stop) is int for stop in stops), f"eos_token_id: {configured!r} is no token")
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "sentinel"}]
-        written = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("sentinel")[2]
+        written = apply_template(tokenizer, turn).rpartition("sentinel")[2]
         after_turn = tokenizer.encode(written, add_special_tokens=False)
         control = [token for token in after_turn if token in tokenizer.added_tokens_decoder]
-        stops.update(control[:1])
-    return tuple(sorted(stops - {None}))
+        stops += control[:1]
+    return tuple(sorted(set(stops)))
 
 
 def save_lm(lm: LM, folder: Path):
@@ -1532,26 +1549,39 @@ def load_problems(source: str, split=None, limit=None, prefer: str = "train") ->
     require(questions and answers, f"{needs}; it has {', '.join(map(str, rows[0]))}")
     problems = []
     for number, row in enumerate(rows[: limit or None], 1):
-        cells = [row.get(questions[0]), row.get(answers[0])]
-        question, text = (str(x).strip() if isinstance(x, (str, int, float)) else "" for x in cells)
+        where = f"{source}: row {number}"
+        question = read_cell(row, questions[0], where)
+        text = read_cell(row, answers[0], where)
         answer = extract_answer(text)
         if answer is None and answers[0] == "answer" and "####" not in text:
             answer = text  # it is the bare answer
-        require(question, f"{source}: row {number} has an empty {questions[0]}")
-        require(answer, f"{source}: row {number} has no answer in its {answers[0]}")
+        require(answer, f"{where} has no answer in its {answers[0]}")
         problems.append(Problem(question, answer))
     return problems
 
 
+def read_cell(row: dict, column: str, where: str) -> str:
+    """The text or number in a column."""
+    value = row.get(column)
+    text = str(value).strip() if type(value) in (str, int, float) else ""
+    require(text not in ("", "nan", "inf", "-inf"), f"{where}: no text or number in its {column}")
+    half = re.search("[\ud800-\udfff]", text)  # of a character: no tokenizer takes it
+    require(not half and len(text) <= 10**5, f"{where}: its {column} is too long, or damaged")
+    return text
+
+
 def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
     kind = Path(source).suffix
-    require(kind != ".parquet" or Path(source).is_file(), f"{source}: no such file")
+    local = kind in (".jsonl", ".json", ".csv", ".parquet")
+    require(not local or Path(source).is_file(), f"{source}: no such file")
     try:
         if kind in (".jsonl", ".json", ".csv"):
             with open(source, encoding="utf-8-sig", newline="") as file:
-                if kind == ".jsonl":
-                    return [json.loads(line) for line in file if line.strip()]
-                return json.load(file) if kind == ".json" else list(csv.DictReader(file))
+                if kind == ".csv":
+                    return list(csv.DictReader(file))
+                if kind == ".json":
+                    return json.load(file)
+                return read_json_lines(file)
         import datasets  # slow to import, and not needed for the above
 
         if kind == ".parquet":
@@ -1566,6 +1596,17 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
         split = prefer if prefer in splits or len(splits) > 1 else next(iter(splits))
     require(split in splits, f"{source}: no split {split}; it has {', '.join(splits)}")
     return list(splits[split])
+
+
+def read_json_lines(file) -> list:
+    rows = []
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"row {number}: {error.msg} at {error.pos}") from None
+    return rows
 
 
 # =================================================================================== a run on disk
@@ -1583,13 +1624,16 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.signal = 0  # that asks us to stop
         self.handlers = {}  # of signals, before us
-        self.lock = None
         # A run that died before its first file leaves a lock, and perhaps half a file.
         used = [p for p in self.folder.glob("*") if p.name != ".lock" and p.suffix != ".partial"]
         free = not used and (self.folder.is_dir() or not self.folder.exists())
         require(resume or free, f"{self.folder}: exists; another --out, or --resume {self.folder}")
-        if resume:
-            self.claim()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self.lock.acquire()  # until this process ends, however it does
+        except filelock.Timeout:
+            raise UserError(f"{self.folder}: another run is writing there") from None
         self.checkpoint = self.saved()[-1] if self.saved() else None
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
         lost = not self.checkpoint and (self.folder / "final").exists()
@@ -1600,22 +1644,17 @@ class Run:
         folders = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
         return sorted(folders, key=lambda path: int(path.name[5:]))
 
-    def claim(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        try:
-            self.lock.acquire()  # until this process ends, however it does
-        except filelock.Timeout:
-            raise UserError(f"{self.folder}: another run is writing there") from None
-
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        if self.lock:
-            self.lock.release()
+        self.lock.release()
+        if not (self.folder / "config.json").exists():  # it never began: nothing is left behind
+            with contextlib.suppress(OSError):
+                (self.folder / ".lock").unlink()
+                self.folder.rmdir()
         if isinstance(error, OSError):
             raise UserError(f"{self.folder}: {error}; then --resume goes on") from error
 
@@ -1628,10 +1667,6 @@ class Run:
             except Exception as error:  # of many kinds, by how it is damaged
                 advice = "damaged, or of another model; delete it to go on from an earlier one"
                 raise UserError(f"{self.checkpoint}: {advice} ({error})") from None
-        if not self.lock:
-            self.claim()
-            faster = (self.folder / "config.json").exists()
-            require(not faster, f"{self.folder}: another run has begun there")
         write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
         for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
@@ -1936,6 +1971,26 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, **named, out=out)
 
 
+class Output:
+    """stdout or stderr that never ends a run: where it cannot be written (a full disk, a pipe or a
+    terminal that was closed), what is said gets lost."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # for what it has no code for
+
+    def write(self, text: str):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):  # isatty, encoding, ...
+        return getattr(self.stream, name)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)  # one line, not a manual
@@ -1957,6 +2012,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
     if folder is not None:
         return resumed_config(Path(folder), given), True
     if not given.get("model"):
+        given.pop("model", None)
         given = TINY | given
     return Config(**given), False
 
@@ -1978,6 +2034,15 @@ def resumed_config(folder: Path, given: dict) -> Config:
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    with (
+        contextlib.redirect_stdout(Output(sys.stdout)),
+        contextlib.redirect_stderr(Output(sys.stderr)),
+    ):
+        return run_command(argv)
+
+
+def run_command(argv: list[str] | None) -> int:
+    """Train, show a table; what the user can put right is one line, and exit code 2."""
     try:
         config, resume = parse_arguments(argv)
         run = train(config, resume).parent
