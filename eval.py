@@ -17,6 +17,10 @@ Of a problem with gold answer g there are n completions y_i with answers a_i = a
 Start reading at `evaluate`: it makes a record of each problem, and `score` makes figures of them.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=3.0", "numpy>=1.26", "tqdm>=4.66"]
+# ///
 import argparse
 import contextlib
 import dataclasses
@@ -29,7 +33,6 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 import rltr
@@ -298,11 +301,10 @@ def report(result: dict) -> str:
 
 def compare(before: dict, after: dict, only: list[str] | None = None) -> str:
     """The differences of the figures that two results share, paired by problem."""
-    with expecting("--compare: these are not two result.json of eval.py"):
-        names = [name for name in only or before["figures"] if name in before["figures"]]
-        names = [name for name in names if name in after["figures"]]
-        tables = [figure_table(result["per_problem"], names) for result in (before, after)]
-        asked = [[row["problem"] for row in result["per_problem"]] for result in (before, after)]
+    names = [name for name in only or before["figures"] if name in before["figures"]]
+    names = [name for name in names if name in after["figures"]]
+    tables = [figure_table(result["per_problem"], names) for result in (before, after)]
+    asked = [[row["problem"] for row in result["per_problem"]] for result in (before, after)]
     require(asked[0] and asked[0] == asked[1], "--compare: results on different problems")
     intervals, p_values = bootstrap(tables[1] - tables[0])
     lines = [f"{len(asked[0])} problems, difference, 95 % interval: paired bootstrap over problems"]
@@ -317,8 +319,7 @@ def compare(before: dict, after: dict, only: list[str] | None = None) -> str:
 def before_and_after(given: dict):
     """The closing table of a run. Everything is as in the run, but for the flags that are given."""
     run = Path(given["run"])
-    require((run / "config.json").is_file(), f"{run}: no run of rltr.py; it has no config.json")
-    require((run / "final").is_dir(), f"{run}: has no final/; its training has not ended")
+    require((run / "final").is_dir(), f"{run}: no run of rltr.py, or not at its end: no final/")
     with expecting(f"{run}/config.json: not the settings of a run"):
         config = Config(**json.loads((run / "config.json").read_bytes()))
     ours = {"data": config.eval_data, "k": config.eval_k, "split": "", "limit": 0, "out": ""}
@@ -432,9 +433,8 @@ def tell(message: str):
     print("eval: " + rltr.printable(" ".join(message.split())), file=sys.stderr)
 
 
+@rltr.safe_output()
 def main(argv: list[str] | None = None) -> int:
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     try:
         given = parse_arguments(argv)
         lock = contextlib.nullcontext()
@@ -443,9 +443,8 @@ def main(argv: list[str] | None = None) -> int:
             lock = filelock.FileLock(Path(given["out"], ".lock"), timeout=0)
         with lock:
             if "compare" in given:
-                with expecting("--compare: not two result.json"):
-                    before, after = [json.loads(Path(p).read_bytes()) for p in given["compare"]]
-                print(compare(before, after))
+                with expecting("--compare: these are not two result.json of eval.py"):
+                    print(compare(*[json.loads(Path(p).read_bytes()) for p in given["compare"]]))
             elif given.get("run"):
                 before_and_after(given)
             else:
@@ -461,6 +460,8 @@ def main(argv: list[str] | None = None) -> int:
                     chosen = {name: getattr(settings, name) for name in FLAGS.split()}
                     text = json.dumps({"settings": chosen, **result}, indent=1)
                     rltr.write_file(Path(settings.out, "result.json"), text)
+        kept = given.get("out") or not sys.stdout.failed
+        require(kept, "stdout cannot be written; --out FOLDER keeps the results")
         return 0
     except KeyboardInterrupt:
         tell("interrupted; with --out, the same command goes on")

@@ -43,6 +43,11 @@ rate, group size and receiver decoding. Ours, each of them a flag or one functio
     python rltr.py --resume runs/NAME                 # goes on where that run stopped
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=3.0", "numpy>=1.26", "tqdm>=4.66"]
+# ///
+
 from __future__ import annotations
 
 import argparse
@@ -50,6 +55,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -131,6 +137,7 @@ class Config:
     save_every: int = option(50, "steps between checkpoints (0: only at the end)", 0)
     keep: int = option(2, "checkpoints to keep", 1)
     show_every: int = option(25, "steps between groups shown to read (0: never)", 0)
+    track: str = option("", "log the metrics with this package, too: wandb or trackio")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps")
     eval_data: str = option("", "problems for a closing before/after table (empty: no table)")
     eval_k: int = option(64, "completions a problem in that table", 1, 1e6)
@@ -244,7 +251,8 @@ def train(config: Config, resume: bool = False) -> Path:
             budget = find_token_budget(generator, optimizer, tasks, config)
             config = dataclasses.replace(config, token_budget=budget)
 
-        bar = tqdm(range(run.start, config.steps), initial=run.start, total=config.steps)
+        steps = range(run.start, config.steps)
+        bar = tqdm(steps, initial=run.start, total=config.steps, disable=None)  # None: in a log
         for step in bar:
             clock = Clock()
             lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))  # linear warm-up
@@ -1584,6 +1592,7 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
                 return read_json_lines(file)
         import datasets  # slow to import, and not needed for the above
 
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say it ourselves
         if kind == ".parquet":
             return list(datasets.Dataset.from_parquet(source))
         use_cache_if_offline()
@@ -1624,6 +1633,12 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.signal = 0  # that asks us to stop
         self.handlers = {}  # of signals, before us
+        self.tracker = None
+        if config.track:
+            try:
+                self.tracker = importlib.import_module(config.track)
+            except ImportError:
+                raise UserError(f"--track: pip install {config.track}") from None
         # A run that died before its first file leaves a lock, and perhaps half a file.
         used = [p for p in self.folder.glob("*") if p.name != ".lock" and p.suffix != ".partial"]
         free = not used and (self.folder.is_dir() or not self.folder.exists())
@@ -1668,6 +1683,8 @@ class Run:
                 advice = "damaged, or of another model; delete it to go on from an earlier one"
                 raise UserError(f"{self.checkpoint}: {advice} ({error})") from None
         write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
+        if self.tracker:
+            self.tracker.init(project="rltr", name=self.folder.name, config=vars(self.config))
         for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             # A line begins with its step; one that was torn by a crash does not match.
@@ -1689,6 +1706,9 @@ class Run:
         for name, lines in (("metrics.jsonl", [metrics]), ("rollouts.jsonl", rows)):
             with (self.folder / name).open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.tracker:
+            figures = dict(metrics)
+            self.tracker.log(figures, step=figures.pop("step"))
 
     def save_if_due(self, generator: LM, optimizer: MasterAdamW, step: int):
         """A checkpoint every `save_every` steps, after the last one, and when asked to stop."""
@@ -1711,7 +1731,8 @@ class Run:
         final = self.folder / "final"
         with complete_folder(final) as folder:
             save_lm(generator, folder)
-        print(f"trained model: {final}")
+        if self.tracker:
+            self.tracker.finish()
         self.stop_if_asked()
         return final
 
@@ -1809,7 +1830,11 @@ def summarize(rollouts: list[Rollout], config: Config) -> dict:
 def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
     """The numbers that matter on the progress bar; now and then a group to read."""
     shown = ("reward", "accuracy", "transfer", "length", "tokens_per_s_sample")
-    bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics})
+    figures = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
+    bar.set_postfix(figures)
+    if bar.disable and metrics["step"] % 10 in (0, 1):  # stderr is no terminal: a plain line
+        figures = ", ".join(f"{name} {value}" for name, value in figures.items())
+        print(f"step {metrics['step']} of {config.steps}: {figures}", file=sys.stderr)
     if config.show_every and metrics["step"] % config.show_every == 0:
         live = live_groups(rollouts, config.group)
         bar.write(show_group(live[0] if live else rollouts[: config.group]))
@@ -1896,7 +1921,8 @@ def warm_start(folder: Path, width: int, steps: int, flaws: float, seed: int):
     lm = LM(transformers.Qwen2ForCausalLM(config), tokenizer, (eos,), len(tokenizer), 128)
     optimizer = MasterAdamW(lm.model, 4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.adam, 4e-3, steps, pct_start=0.1)
-    for _ in tqdm(range(steps), desc=f"warm start of the tiny {folder.name}"):
+    print(f"warm start of the tiny {folder.name}, once", file=sys.stderr)
+    for _ in tqdm(range(steps), disable=None):
         batch = []
         for _ in range(32):
             question, chain, _ = tiny_problem(source, flaws)
@@ -1933,7 +1959,7 @@ def make_tiny(seed: int) -> Path:
 # `train`; all pass `resolve` before anything is loaded.
 
 # What may differ when a run is resumed, because it does not change its course.
-HARMLESS = "steps save_every keep show_every eval_data eval_k out "
+HARMLESS = "steps save_every keep show_every eval_data eval_k out track "
 HARMLESS += "token_budget max_rows gradient_checkpointing offload"
 
 
@@ -1947,6 +1973,7 @@ def check_settings(config: Config):
         require(type(value) in kinds, f"{flag}: must be of type {kinds[-1].__name__}")
         require(low is None or low <= value <= high, f"{flag}: must be from {low} to {high:g}")
     require("{question}" in config.prompt, "--prompt: {question} is missing in it")
+    require(config.track in ("", "wandb", "trackio"), "--track: wandb or trackio")
     weights = [value for name, value in vars(config).items() if name.endswith("_weight")]
     require(any(weights), "all reward weights are 0")
 
@@ -1969,26 +1996,6 @@ def resolve(config: Config) -> Config:
     if not config.out and Path(out).exists():
         out += time.strftime("-%Y%m%d-%H%M%S")
     return dataclasses.replace(config, **named, out=out)
-
-
-class Output:
-    """stdout or stderr that never ends a run: where it cannot be written (a full disk, a pipe or a
-    terminal that was closed), what is said gets lost."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # for what it has no code for
-
-    def write(self, text: str):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):  # isatty, encoding, ...
-        return getattr(self.stream, name)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2031,28 +2038,44 @@ def resumed_config(folder: Path, given: dict) -> Config:
     return dataclasses.replace(config, **{**given, "out": str(folder)})
 
 
-def main(argv: list[str] | None = None) -> int:
+class Output:
+    """stdout or stderr that never ends a run: where it cannot be written (a full disk, a pipe or a
+    terminal that was closed), what is said gets lost."""
+
+    def __init__(self, stream):
+        self.failed = False
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # for what it has no code for
+
+    def write(self, text: str):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.failed = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):  # isatty, encoding, ...
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def safe_output():
+    """For a `main`: stdout and stderr of the kind above, and no chatter of transformers."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    with (
-        contextlib.redirect_stdout(Output(sys.stdout)),
-        contextlib.redirect_stderr(Output(sys.stderr)),
-    ):
-        return run_command(argv)
+    stdout = contextlib.redirect_stdout(Output(sys.stdout))
+    with stdout, contextlib.redirect_stderr(Output(sys.stderr)):
+        yield
 
 
-def run_command(argv: list[str] | None) -> int:
-    """Train, show a table; what the user can put right is one line, and exit code 2."""
+@safe_output()
+def main(argv: list[str] | None = None) -> int:
+    """Train and show a table. What the user can put right is one line, and exit code 2."""
     try:
         config, resume = parse_arguments(argv)
-        run = train(config, resume).parent
-        if config.eval_data:  # before and after, in a process of its own: training's memory is free
-            torch.cuda.empty_cache()
-            command = [sys.executable, str(Path(__file__).with_name("eval.py")), "--run", str(run)]
-            with contextlib.suppress(OSError):  # no process could be started
-                if subprocess.run(command).returncode == 0:
-                    return 0
-            print(f"no closing table, but the model is trained; python eval.py --run {run}")
+        show_results(train(config, resume).parent, config)
         return 0
     except KeyboardInterrupt:
         print("\nrltr: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -2064,6 +2087,32 @@ def run_command(argv: list[str] | None) -> int:
         message = str(error)
     print("rltr: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
+
+
+def show_results(run: Path, config: Config):
+    """What stands where, and what to do next. Table and page are made by processes of their own:
+    the memory of training is free, and a copied rltr.py does without them."""
+    torch.cuda.empty_cache()
+    if config.eval_data:  # before and after
+        run_script("eval.py", "--run", run)
+    run_script("benchmarks/report.py", run, "-o", run / "report.html")
+    print(f"the trained model: {run}/final; a page about the run: {run}/report.html")
+    if not config.eval_data:
+        print(f"to evaluate it: python eval.py --model {run}/final --data math500 --k 64")
+    if config.transfer_weight > 0:
+        print("to compare: the same command with --transfer-weight 0, which is RLVR")
+
+
+def run_script(name: str, *arguments):
+    """A script that stands beside this file."""
+    script = Path(__file__).parent / name
+    done = False
+    if script.exists():
+        with contextlib.suppress(OSError):  # no process could be started
+            done = subprocess.run([sys.executable, script, *arguments]).returncode == 0
+    if not done:
+        command = " ".join(str(argument) for argument in [name, *arguments])
+        print(f"the model is trained, but this was not done: python {command}")
 
 
 # ======================================================================================== with TRL

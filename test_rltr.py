@@ -1412,6 +1412,7 @@ def test_the_folder_of_a_run(task, whole):
         "rollouts.jsonl",
         "checkpoints",
         "final",
+        "report.html",
         "checkpoints/step-000002",
         "checkpoints/step-000004",
     }
@@ -1573,19 +1574,27 @@ def closing_tables(monkeypatch):
     return commands
 
 
-def test_the_closing_table_is_a_process_and_its_failure_does_not_hide_the_success(
+def test_table_and_page_are_processes_and_their_failure_does_not_hide_the_success(
     task, tmp_path, closing_tables, capfd
 ):
-    script = rltr.Path(rltr.__file__).with_name("eval.py")
+    here = rltr.Path(rltr.__file__).parent
     for code in (0, 1, None):
         closing_tables.code = code
         out = tmp_path / str(code)
         assert run(task, out, f"--steps 1 --eval-data {task}/train.jsonl") == 0
-        assert closing_tables.pop() == [sys.executable, str(script), "--run", str(out)]
+        page = [sys.executable, here / "benchmarks/report.py", out, "-o", out / "report.html"]
+        assert closing_tables.pop() == page
+        assert closing_tables.pop() == [sys.executable, here / "eval.py", "--run", out]
         assert (out / "final/model.safetensors").exists()
-        assert (f"eval.py --run {out}" in capfd.readouterr().out) == (code != 0)
+        said = capfd.readouterr().out
+        assert f"{out}/final" in said
+        assert "--transfer-weight 0" in said
+        for command in (f"eval.py --run {out}", f"report.py {out} -o {out}/report.html"):
+            assert (f"not done: python {command}" in said.replace("benchmarks/", "")) == (code != 0)
     assert run(task, tmp_path / "no-table", "--steps 1") == 0
+    assert closing_tables.pop()[1] == here / "benchmarks/report.py"
     assert not closing_tables
+    assert "to evaluate it" in capfd.readouterr().out
 
 
 def test_without_a_transfer_reward_a_missing_receiver_does_not_fail_the_closing_table_or_the_run(
@@ -1593,7 +1602,7 @@ def test_without_a_transfer_reward_a_missing_receiver_does_not_fail_the_closing_
 ):
     flags = "--transfer-weight 0 --receiver does/not-exist --steps 1 --eval-k 2"
     assert run(task, tmp_path / "b", f"{flags} --eval-data {task}/train.jsonl") == 0
-    assert "no closing table" not in capfd.readouterr().out
+    assert "not done" not in capfd.readouterr().out
 
 
 def fail_in_the_second_checkpoint(monkeypatch, error):
@@ -1756,7 +1765,25 @@ BAD = {
     "remote code": "--model {odd}/remote",
     "half a file of weights": "--model {odd}/half",
     "broken config": "--receiver {odd}/config",
+    "template without the question": "--model {odd}/drops",
+    "template in small letters": "--receiver {odd}/lowers",
+    "template with half the question": "--model {odd}/cuts",
+    "template that raises": "--receiver {odd}/raises",
+    "template that does not parse": "--model {odd}/syntax",
+    "template without end": "--model {odd}/loops",
+    "end of text a word": "--model {odd}/word",
+    "no context": "--model {odd}/nothing",
     "not text": "--data {tmp}/binary.jsonl",
+    "not a number": "--data {tmp}/nan.jsonl",
+    "infinite answer": "--data {tmp}/infinite.jsonl",
+    "true answer": "--data {tmp}/true.jsonl",
+    "half a character": "--data {tmp}/half.jsonl",
+    "a book": "--data {tmp}/book.jsonl",
+    "a pipe": "--data {tmp}/pipe.jsonl",
+    "a device": "--data {tmp}/device.jsonl",
+    "long problems to evaluate": "--eval-data {tmp}/long.jsonl",
+    "tracker": "--track abacus",
+    "tracker that is not there": "--track trackio",
     "broken csv": "--data {tmp}/broken.csv",
     "broken parquet": "--data {tmp}/broken.parquet",
     "broken json": "--data {tmp}/broken.json",
@@ -1808,6 +1835,26 @@ def odd(task, tmp_path_factory):
     weights = folder / "half/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (folder / "config/config.json").write_text("{")
+    content = "message['content']"
+    for name, said in {
+        "drops": "{{ 'Q1' }}",
+        "lowers": f"{{{{ {content}.lower() }}}}",
+        "cuts": f"{{{{ {content}[:9] }}}}",
+        "raises": "{{ raise_exception('roles must alternate') }}",
+        "syntax": "{{ for }",
+        "loops": "{% for i in range(10 ** 9) %}{{ i }}{% endfor %}",
+    }.items():
+        spoilt = rltr.tiny_tokenizer()
+        spoilt.chat_template = f"{{% for message in messages %}}{said}{{% endfor %}}"
+        save(name, tiny(**small), spoilt)
+    for name, change in {
+        "word": {"eos_token_id": ["<eos>"]},
+        "nothing": {"max_position_embeddings": 0},
+    }.items():
+        save(name, tiny(**small))
+        for file in ("config.json", "generation_config.json"):
+            path = folder / name / file
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
     return folder
 
 
@@ -1851,9 +1898,18 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, odd, tmp_path, 
         "blank.jsonl": '{"question": "x", "answer": " "}',
         "list.jsonl": '{"question": "x", "answer": [1]}',
         "question.jsonl": '{"question": "", "answer": "1"}',
+        "nan.jsonl": '{"question": "x", "answer": NaN}',
+        "infinite.jsonl": '{"question": "x", "answer": -Infinity}',
+        "true.jsonl": '{"question": "x", "answer": true}',
+        "half.jsonl": '{"question": "x \\ud800", "answer": "1"}',
+        "book.jsonl": '{"question": "' + 10**6 * "x" + '", "answer": "1"}',
+        "long.jsonl": '{"question": "' + 200 * "1+" + '1?", "answer": "201"}',
     }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
+    monkeypatch.setitem(sys.modules, "trackio", None)
     before = sorted(tmp_path.rglob("*"))
     assert run(task, tmp_path / "out", BAD[case].format(tmp=tmp_path, odd=odd)) == 2
     [error] = capfd.readouterr().err.splitlines()
@@ -2171,6 +2227,101 @@ def test_two_runs_cannot_write_one_folder(task, tmp_path, capfd):
     assert "another run" in capfd.readouterr().err
     del holder
     assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--steps", "2"])) == 0
+
+
+@pytest.mark.parametrize("out", ["--out runs/a", ""])
+def test_two_runs_that_start_together_do_not_mix(out, task, tmp_path, capfd, monkeypatch):
+    """With the same --out one of them is refused; with none, each may find a name of its own."""
+    monkeypatch.chdir(tmp_path)
+    flags = arguments(task, "x", "--steps 2 --transfer-weight 0")
+    flags = [word for word in flags if word not in ("--out", "x")] + out.split()
+    fork = multiprocessing.get_context("fork")
+    at_the_gate = fork.Barrier(2)
+
+    def start():
+        rltr.tqdm.set_lock(threading.RLock())
+        at_the_gate.wait()
+        sys.exit(rltr.main(flags))
+
+    processes = [fork.Process(target=start) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = sorted(process.exitcode for process in processes)
+    assert codes == [0, 2] or (not out and codes == [0, 0])
+    errors = [x for x in capfd.readouterr().err.splitlines() if x.startswith("rltr: ")]
+    assert len(errors) == codes.count(2)
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == codes.count(0)
+    for folder in folders:
+        assert [row["step"] for row in read(folder, "metrics")] == [1, 2]
+
+
+def test_a_run_that_died_at_once_leaves_a_folder_to_start_in(task, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/.lock").touch()
+    (tmp_path / "b/config.json.partial").write_text("{")
+    assert run(task, tmp_path / "b", "--steps 1 --transfer-weight 0") == 0
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("fault", ["full", "closed", "no reader", "ascii"])
+def test_output_that_cannot_be_written_loses_words_but_not_the_run(fault, name, task, tmp_path):
+    def child():
+        if fault == "full":
+            stream = open("/dev/full", "w")  # noqa: SIM115
+        elif fault == "closed":
+            stream = None  # what Python makes of >&-
+        elif fault == "no reader":
+            reading, writing = os.pipe()
+            os.close(reading)
+            stream = os.fdopen(writing, "w")
+        else:
+            stream = open(tmp_path / "ascii", "w", encoding="ascii")  # noqa: SIM115
+        setattr(sys, name, stream)
+        return rltr.main(arguments(task, tmp_path / "b", "--steps 2 --show-every 1"))
+
+    assert forked(child) == 0
+    assert (tmp_path / "b/final/model.safetensors").exists()
+    assert len(read(tmp_path / "b", "metrics")) == 2
+
+
+def test_the_broken_row_of_a_file_has_its_number(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "x", "answer": "1"}\n\n{"question": "x", "answer": 1,}\n')
+    with pytest.raises(UserError, match="row 3"):
+        rltr.load_problems(str(path))
+
+
+def test_an_empty_model_is_the_tiny_task():
+    config, _ = rltr.parse_arguments(["--model", "", "--steps", "7"])
+    assert config.model == "{tiny}/generator"
+    assert config.steps == 7
+
+
+def test_metrics_go_to_a_tracker_too(task, tmp_path, monkeypatch):
+    calls = []
+    tracker = types.ModuleType("wandb")
+    tracker.init = lambda **settings: calls.append(settings)
+    tracker.log = lambda metrics, step: calls.append((step, metrics["reward"]))
+    tracker.finish = lambda: calls.append("finished")
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    assert run(task, tmp_path / "b", "--steps 2 --track wandb") == 0
+    start, *logged, end = calls
+    assert start["name"] == "b"
+    assert start["config"]["group"] == 4
+    assert logged == [(row["step"], row["reward"]) for row in read(tmp_path / "b", "metrics")]
+    assert end == "finished"
+
+
+def test_progress_in_a_file_is_a_plain_line_now_and_then(task, tmp_path, capfd):
+    flags = "--steps 12 --prompts 1 --group 2 --transfer-weight 0 --save-every 0"
+    assert run(task, tmp_path / "b", flags) == 0
+    error = capfd.readouterr().err
+    assert "\r" not in error
+    lines = [line.split(":")[0] for line in error.splitlines() if line.startswith("step ")]
+    assert lines == ["step 1 of 12", "step 10 of 12", "step 11 of 12"]
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_said(task, tmp_path, monkeypatch):
