@@ -4,6 +4,7 @@ A test called test_mistake_... is named after something that other code bases go
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import doctest
 import functools
@@ -2493,73 +2494,296 @@ def benchmark(name):
     return module
 
 
+report = benchmark("report")
+
 HOSTILE_TEXT = "</pre><script>alert(1)</script><img src=x onerror=y>\x1b[31m\u202egnihton\x00"
+BREAKING_OUT = "\"'><script>alert(1)</script><a href=javascript:alert(1) onclick=x>"
 
 
-def test_the_report_is_one_page_in_which_model_text_is_only_text(task, whole, tmp_path, capfd):
-    report = benchmark("report")
-    folders = []
-    assert (
-        run(
-            task,
-            tmp_path / "rlvr",
-            f"--transfer-weight 0 --steps 2 --eval-k 2 --eval-data {task}/train.jsonl",
-        )
-        == 0
-    )
-    for seed in (0, 1):  # two runs that differ in the seed
-        folders.append(tmp_path / f"seed{seed}")
-        rltr.shutil.copytree(whole, folders[-1])
-        config = json.loads((whole / "config.json").read_text()) | {"seed": seed}
-        (folders[-1] / "config.json").write_text(json.dumps(config))
-        rows = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
-        for row in rows:
+def logged_run(steps=3, **settings):
+    """What rltr.py logs, by its own records: {file: a value, or a list of one a line}."""
+    config = Config(model="m/generator", receiver="m/receiver", data="d.jsonl", group=2, **settings)
+    metrics, rollouts = [], []
+    for step in range(1, steps + 1):
+        group = []
+        for verdict in ("right", "wrong"):
+            text = f"2+2=4 so {verdict}"
+            rollout = Rollout(Problem("2+2?", "4"), [1], [2, 3], [-1.0, -1.0], True, text, verdict)
+            rollout.rewards = {"answer": float(verdict == "right"), "format": 1.0}
+            if config.transfer_weight:
+                rollout.cuts = [
+                    rltr.Cut(0.25, 1, "2+2", False, True, continuation="=5", correct=False),
+                    rltr.Cut(0.5, 1, "2+2=", False, True, continuation="4", correct=True),
+                ]
+                rltr.score_transfer([rollout])
+            group.append(rollout)
+        rltr.combine_rewards(group, config)
+        rltr.assign_advantages(group, config)
+        metrics.append({"step": step, **rltr.summarize(group, config), "entropy": 1.5 / step})
+        rollouts += [{"step": step, **dataclasses.asdict(rollout)} for rollout in group]
+    figures = {"accuracy": 0.5, "Maj@1": 0.5, "Maj@2": 0.75, "Pass@2": 1.0, "transfer@0.3": 0.25}
+    return {
+        "config.json": vars(config),
+        "metrics.jsonl": metrics,
+        "rollouts.jsonl": rollouts,
+        "evaluation.json": {"before": figures, "after": figures},
+    }
+
+
+def write_run(folder, run):
+    folder.mkdir(exist_ok=True)
+    for name, content in run.items():
+        lines = content if name.endswith("l") else [content]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def harmless_tags(html):
+    """The page's tags with their attributes, none of which runs or loads anything."""
+    tags = []
+    parser = html_parser.HTMLParser()
+    parser.handle_starttag = lambda tag, given: tags.append((tag, dict(given)))
+    parser.feed(html)
+    known = "html head meta title style body h1 h2 h3 p b i span div details summary pre "
+    known += "figure figcaption svg g line text polygon polyline"
+    assert {tag for tag, _ in tags} <= set(known.split())
+    for tag, given in tags:
+        assert not {"src", "href", "xlink:href", "srcdoc", "action"} & given.keys()
+        assert not [name for name in given if name.startswith("on")]
+        for name in ("x", "y", "x1", "x2", "y1", "y2", "points"):  # finite numbers
+            for number in given.get(name, "0").replace(",", " ").split():
+                assert abs(float(number)) < float("inf"), (tag, given)
+    assert "http" not in html
+    assert html.isascii()
+    return tags
+
+
+def test_the_report_is_one_page_in_which_model_text_is_only_text(tmp_path, capfd):
+    run = logged_run(transfer_weight=0.0)
+    for row in run["rollouts.jsonl"]:
+        row["text"] = HOSTILE_TEXT
+    folders = [write_run(tmp_path / "rlvr", run)]
+    for seed in (0, 1):
+        run = logged_run(seed=seed)
+        for row in run["metrics.jsonl"]:
             row["accuracy"] = 0.25 + 0.5 * seed
-        (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [json.loads(line) for line in (whole / "rollouts.jsonl").open()]
-    for row in rows:
-        row["text"] = row["cuts"][0]["continuation"] = row["problem"]["question"] = HOSTILE_TEXT
-    (folders[0] / "rollouts.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "te'
-    )  # still being written
+        for row in run["rollouts.jsonl"]:
+            row["text"] = row["cuts"][0]["continuation"] = HOSTILE_TEXT
+            row["problem"]["question"] = HOSTILE_TEXT
+        folders.append(write_run(tmp_path / f"seed{seed}", run))
+    with (folders[1] / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 5, "te')  # still being written
     page = tmp_path / "report.html"
     scored = tmp_path / "result.json"
     scored.write_text(json.dumps({"figures": {"Maj@1": 0.5, "Maj@2": 0.75}}))
-    assert (
-        report.main(
-            [*map(str, folders), str(tmp_path / "rlvr"), "-o", str(page), "--eval", str(scored)]
-        )
-        == 0
-    )
+    assert report.main([*map(str, folders), "-o", str(page), "--eval", str(scored)]) == 0
+    assert capfd.readouterr() == ("", "")
     html = page.read_text()
-    parser = html_parser.HTMLParser()
-    tags = []
-    parser.handle_starttag = lambda tag, given: tags.append((tag, dict(given)))
-    parser.feed(html)
-    assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in tags}
-    assert "http" not in html
-    assert not any(
-        key in ("src", "href") or key.startswith("on") for _, given in tags for key in given
-    )
+    tags = harmless_tags(html)
     assert "alert(1)" in html
     assert "\\x1b[31m" in html
     assert not set("\x1b\u202e\x00") & set(html)
-    assert "2 seeds" in html
-    assert "right answers went from 50% to 50%" in html
+    assert "2 seeds, right answers from 50% to 50%" in html
     assert f"{tmp_path.name}/result.json" in html
     assert "RLVR" in html
     assert "Maj@k" in html
-    assert f"{rows[-1]['advantage']:+.2f}" in html
+    assert f"{run['rollouts.jsonl'][-1]['advantage']:+.2f}" in html
     lines = [given["points"] for tag, given in tags if tag == "polyline"]
     assert len(lines) >= 2 * 5
-    assert all(lines)
-    capfd.readouterr()
-    for argv in ([tmp_path / "nowhere"], [task]):
-        assert report.main([*map(str, argv), "-o", str(page)]) == 2
-        assert len(capfd.readouterr().err.splitlines()) == 1
-    (folders[1] / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    assert report.main([str(folders[1])]) == 2
-    assert "line 1" in capfd.readouterr().err
+    assert len([given for tag, given in tags if given.get("class") == "dashed"]) == 2 * 3
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def places_in(value, path=()):
+    """The path of each value within a value of JSON."""
+    yield path
+    items = value.items() if isinstance(value, dict) else []
+    items = enumerate(value) if isinstance(value, list) else items
+    for key, inner in items:
+        yield from places_in(inner, (*path, key))
+
+
+def replaced(value, path, new):
+    """A copy with another value at this path."""
+    if not path:
+        return new
+    value = copy.copy(value)
+    value[path[0]] = replaced(value[path[0]], path[1:], new)
+    return value
+
+
+def everywhere(value, new):
+    """A copy with another value in all places that hold no others."""
+    if isinstance(value, dict):
+        return {key: everywhere(inner, new) for key, inner in value.items()}
+    return [everywhere(inner, new) for inner in value] if isinstance(value, list) else new
+
+
+HOSTILE_VALUES = [
+    BREAKING_OUT,
+    [BREAKING_OUT],
+    {BREAKING_OUT: BREAKING_OUT},
+    {"step": [[{}]], "reward_" + BREAKING_OUT: 1, "Maj@" + BREAKING_OUT: 1, "Maj@1": BREAKING_OUT},
+    None,
+    True,
+    float("nan"),
+    -float("inf"),
+    1e300,
+    -(10**400),
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE_VALUES, ids=lambda value: repr(value)[:20])
+def test_no_value_of_a_run_folder_breaks_out_of_the_report(value, tmp_path):
+    run = logged_run(steps=1)
+    # A value in each place of what the page reads, and of something that it does not.
+    run["config.json"] = report.take(run["config.json"], report.CONFIG) | {"lr": 1e-3}
+    run["rollouts.jsonl"] = report.take(run["rollouts.jsonl"], [report.ROLLOUT])[:1]
+    for name in set(run["metrics.jsonl"][0]) - {"step", "accuracy", "reward_format", "finished"}:
+        del run["metrics.jsonl"][0][name]
+    page = tmp_path / "report.html"
+    folder = write_run(tmp_path / "run", run)
+    written = 0
+    for name, content in run.items():
+        damaged = [replaced(content, path, value) for path in places_in(content)]
+        for damage in [*damaged, everywhere(content, value)]:
+            if name.endswith("l") and not isinstance(damage, list):
+                damage = [damage]
+            write_run(folder, {name: damage})
+            page.unlink(missing_ok=True)
+            try:
+                report.write_page([folder, folder], page)
+            except report.PageError as error:
+                assert str(folder) in str(error)
+                assert not page.exists()
+            else:
+                harmless_tags(page.read_text())
+                written += 1
+        write_run(folder, {name: content})
+    assert written > 30
+    write_run(folder, everywhere(run, value))
+    with pytest.raises(report.PageError):
+        report.write_page([folder], page)
+
+
+def test_names_in_a_run_folder_are_only_text(tmp_path):
+    run = logged_run()
+    for row in run["metrics.jsonl"]:
+        row[f"reward_{BREAKING_OUT}"] = 1.0
+    for row in run["rollouts.jsonl"]:
+        row["rewards"][BREAKING_OUT] = 1.0
+    run["evaluation.json"]["after"] |= {f"Maj@{BREAKING_OUT}": 0.5, "Maj@0": 0.5, "Maj@1e9": 0.5}
+    run["evaluation.json"]["after"] |= {"Maj@" + "9" * 5000: 0.5, "Maj@1.2.3": 0.5, "Maj@": 0.5}
+    first = write_run(tmp_path / "first", run)
+    run["config.json"] |= {BREAKING_OUT: BREAKING_OUT, "data": BREAKING_OUT}  # it is in the label
+    second = write_run(tmp_path / BREAKING_OUT.replace("/", ""), run)
+    result = second / "result.json"
+    result.write_text(json.dumps({"figures": {"Pass@1": 0.5}}))
+    report.write_page([first, second], tmp_path / "page.html", [result])
+    html = (tmp_path / "page.html").read_text()
+    harmless_tags(html)
+    assert html.count("alert(1)") > 10
+
+
+def test_damaged_lines_of_a_run_do_not_count(tmp_path):
+    run = logged_run(steps=3)
+    folder = write_run(tmp_path / "run", run)
+    report.write_page([folder], tmp_path / "whole.html")
+    junk = [b"", b"[]", b"7", b'{"step": 9', b"\xff\xfe", b'{"step": "9"}', b"[" * 100_000]
+    junk += [b"9" * 5000, b'{"step": 1e400}', b"null", b'{"step": NaN, "accuracy": 1}', b"\x00"]
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        lines = (folder / name).read_bytes().splitlines()
+        (folder / name).write_bytes(b"\n".join([*junk, *lines, *junk]))
+    report.write_page([folder], tmp_path / "damaged.html")
+    pages = [(tmp_path / name).read_text() for name in ("whole.html", "damaged.html")]
+    assert pages[0] == pages[1]
+
+
+def test_a_report_of_a_run_that_has_just_begun(tmp_path):
+    run = logged_run(steps=1, transfer_weight=0.0)
+    run["rollouts.jsonl"] = []
+    del run["evaluation.json"]
+    folder = write_run(tmp_path / "run", run)
+    report.write_page([folder], folder / "report.html")
+    html = (folder / "report.html").read_text()
+    points = [given["points"] for tag, given in harmless_tags(html) if tag == "polyline"]
+    assert points
+    for line in points:  # a dot
+        first, second = line.split()
+        assert first == second
+    assert "Evaluation" not in html
+
+
+def test_runs_that_differ_only_in_seed_and_folders_share_a_curve():
+    runs = []
+    for seed, extra in ((0, {}), (1, {}), (2, {}), (0, {"lr": 1e-3}), (0, {"cuts": 4})):
+        config = vars(Config(model=f"cache/tiny-seed{seed}/generator", seed=seed, **extra))
+        changed = {name: str(len(runs)) for name in report.ALIKE.split() if name != "seed"}
+        texts = {name: str(value) for name, value in (config | changed).items()}
+        settings = {name: text.replace(f"seed{seed}", "seed") for name, text in texts.items()}
+        runs.append({"config": config, "settings": settings})
+    groups = {label: len(group) for label, group in report.group_runs(runs).items()}
+    assert groups == {
+        "RLTR, cuts = 1, b = 1, lr = 2e-06": 3,
+        "RLTR, cuts = 1, b = 1, lr = 0.001": 1,
+        "RLTR, cuts = 4, b = 1, lr = 2e-06": 1,
+    }
+    assert set(report.ALIKE.split()) == set(rltr.HARMLESS.split()) - {"steps"} | {"seed"}
+
+
+def test_what_the_report_cannot_do_is_one_line(tmp_path, capfd):
+    run = write_run(tmp_path / "run", logged_run())
+    page = tmp_path / "report.html"
+    page.write_text("the last one")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "full").symlink_to("/dev/full")  # the device itself would not survive a mistake
+    (tmp_path / "taken.html.partial").mkdir()
+    (tmp_path / "list.json").write_text("[]")
+    for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
+        lacking = write_run(tmp_path / f"no {name}", logged_run())
+        (lacking / name).unlink()
+    for name in ("config.json", "metrics.jsonl", "evaluation.json"):
+        empty = write_run(tmp_path / f"empty {name}", logged_run())
+        (empty / name).write_text("")
+    wrong = [
+        [],
+        ["--what"],
+        [run, "-o"],
+        [tmp_path / "nowhere"],
+        [tmp_path],
+        [page],
+        ["a\nb\udcff"],
+    ]
+    wrong += [[path] for path in sorted(tmp_path.glob("no *"))]
+    wrong += [[path] for path in sorted(tmp_path.glob("empty *"))]
+    wrong += [[run, "--eval", path] for path in (tmp_path / "list.json", tmp_path, "nowhere.json")]
+    wrong = [[*argv, "-o", page] for argv in wrong if "-o" not in argv] + [[run, "-o"]]
+    for output in ("", "full", "fifo", "no/page", "taken.html", "x" * 300):
+        wrong.append([run, "-o", tmp_path / output])
+    for argv in wrong:
+        assert report.main([str(word) for word in argv]) == 2, argv
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert len(err.splitlines()) == 1, argv
+        assert err.startswith("report: ")
+        assert page.read_text() == "the last one"
+    assert (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "full").is_symlink()
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_report_is_a_module_without_side_effects():
+    here = rltr.Path(rltr.__file__).parent
+    code = "import sys; path = list(sys.path); from benchmarks import report; "
+    code += "assert sys.path == path; assert not {'rltr', 'torch', 'numpy'} & set(sys.modules); "
+    code += "assert report.write_page"
+    subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
+    failed, attempted = doctest.testmod(report)
+    assert (failed, attempted) == (0, 5)
+    for node in ast.walk(ast.parse((here / "benchmarks/report.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
 
 
 def test_the_forks_of_the_readme_fit_the_file():
@@ -2569,16 +2793,86 @@ def test_the_forks_of_the_readme_fit_the_file():
     )
     source = (here / "rltr.py").read_text().splitlines()
     diff = [line[4:] for line in forks.splitlines() if line.startswith("    ")]
-    assert sum(line.startswith("+") for line in diff) > 10
+    assert sum(line.startswith("+") for line in diff) > 5
     for line in diff:
         if line.startswith(("-", " ")):  # is there now
             assert line[1:] in source, line
 
 
+HERE = rltr.Path(rltr.__file__).parent
+PAGES = ("README.md", "docs/reference.md", "benchmarks/RESULTS.md")
+
+
+def test_the_map_of_the_readme_has_the_right_lines():
+    lines = (HERE / "rltr.py").read_text().splitlines()
+    parts = [(1, "head")]
+    for number, line in enumerate(lines, 1):
+        if line.startswith("# ===="):
+            parts.append((number, line.split("= ")[1]))
+    ends = [start - 1 for start, _ in parts[1:]] + [len(lines)]
+    true = [(start, end, name) for (start, name), end in zip(parts, ends, strict=True)]
+    rows = re.findall(r"^\| (\d+)-(\d+) \| ([^|]+) \|", (HERE / "README.md").read_text(), re.M)
+    assert [(int(start), int(end), name) for start, end, name in rows] == true
+
+
+def test_the_readme_can_be_read_in_a_few_minutes():
+    text = (HERE / "README.md").read_text()
+    assert len(text.split()) <= 1300
+    assert "pip install -r requirements.txt && .venv/bin/python rltr.py" in text[:3000]
+    first = [number for number, line in enumerate(text.splitlines(), 1) if "venv" in line]
+    assert first[1] <= 40
+    for line in text.splitlines():
+        code_or_table = line.startswith(("    ", "|", "!["))
+        assert code_or_table or len(line) <= 100, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (HERE / page).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not target.startswith("https://"):
+            file, _, anchor = target.partition("#")
+            where = (HERE / page).parent / file if file else HERE / page
+            assert where.exists(), target
+            titles = re.findall(r"^#+ (.+)$", where.read_text(), re.M) if anchor else []
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in anchors, target
+
+
+def test_a_single_file_names_the_packages_it_needs():
+    """PEP 723, for `uv run rltr.py`: what requirements.txt has, but for pytest."""
+    wanted = [
+        line for line in (HERE / "requirements.txt").read_text().split("\n") if line[:1] != "#"
+    ]
+    wanted = [line for line in wanted if line and not line.startswith("pytest")]
+    for name in ("rltr.py", "eval.py"):
+        block = re.search(r"^# /// script\n(.*?)^# ///$", (HERE / name).read_text(), re.M | re.S)[1]
+        assert json.loads(re.search(r"dependencies = (\[.*?\])", block, re.S)[1]) == wanted
+
+
+def test_the_examples_of_the_reference_end_as_it_says(task, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rltr, "make_tiny", lambda seed: task)
+    (task / "test.jsonl").write_text((task / "train.jsonl").read_text())
+    (tmp_path / "problems.jsonl").write_text((task / "train.jsonl").read_text())
+    page = (HERE / "docs/reference.md").read_text()
+    examples = re.findall(r"^    \$ python (\S+) (.*)\n    (.*)$", page, re.M)
+    assert len(examples) >= 6
+    scripts = {"rltr.py": rltr.main, "eval.py": evaluation.main, "report.py": report.main}
+
+    def process(command):  # without the seconds that it takes to import torch
+        code = scripts[command[1].name](list(map(str, command[2:])))
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(rltr.subprocess, "run", process)
+    for script, flags, last in examples:
+        assert scripts[script](shlex.split(flags)) == 0
+        assert capfd.readouterr().out.splitlines()[-1] == last, (script, flags)
+
+
 def test_the_commands_of_the_readme_parse():
     here = rltr.Path(rltr.__file__).parent
-    pages = ("README.md", "docs/reference.md", "benchmarks/RESULTS.md")
-    text = "\n".join((here / page).read_text() for page in pages)
+    text = "\n".join((here / page).read_text() for page in PAGES)
     commands = re.findall(
         r"(?:python|accelerate launch[^`\n]*?) ((?:benchmarks/)?\w+\.py)([^`\n#&|]*)", text
     )

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several runs: curves, evaluations, rollouts to read.
+"""One self-contained HTML page about one or several runs: curves, evaluations, attempts to read.
 
     python benchmarks/report.py runs/A [runs/B ...] -o report.html
     python benchmarks/report.py runs/A --eval evals/A/result.json     # and what eval.py has written
@@ -6,19 +6,13 @@
 Runs that differ only in their seed share a curve (their mean) with a band (lowest to highest). No
 network, no scripts; the theme follows the reader's. A run that is still going can be looked at."""
 
+import argparse
 import html
 import json
 import math
+import re
 import sys
 from pathlib import Path
-
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))
-import common
-
-import rltr
-from rltr import UserError, printable, require
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 220, 44, 34  # of a chart; room for its labels
 CURVES = {
@@ -29,15 +23,26 @@ CURVES = {
     "length": "length (tokens)",
     "dead_groups": "groups without a signal",
 }
-SHOWN_ALREADY = {"reward_answer", "reward_transfer"}  # as accuracy and transfer
-IGNORED = set(rltr.HARMLESS.split()) - {"steps"} | {"seed"}  # settings that make no other run
+SHOWN_ALREADY = ("reward_answer", "reward_transfer")  # as accuracy and transfer
+EVALUATIONS = {
+    "Maj@": "Maj@k: the majority of k answers is right",
+    "Pass@": "Pass@k: one of k answers is right",
+    "transfer@": "the receiver's right continuations",
+}
+# Settings by which no runs are told apart: the seed, and rltr.HARMLESS without the steps.
+ALIKE = "seed save_every keep show_every eval_data eval_k out track "
+ALIKE += "token_budget max_rows gradient_checkpointing offload"
 
-# What a run folder must hold, for it may come from elsewhere: see `fits`.
-CONFIG = {"model": str, "data": str, "receiver": str, "seed": float, "cuts": float}
-CONFIG |= {"answer_weight": float, "transfer_weight": float}
-CUT = {"tau": float, "prefix": str, "continuation": str, "correct": bool, "overflow": bool}
-ROLLOUT = {"step": float, "problem": {"question": str, "answer": str}, "text": str}
-ROLLOUT |= {"reward": float, "advantage": float, "rewards": {str: float}, "cuts": [CUT]}
+# What the page reads of each file: see `take`.
+TEXT = (str,)
+NUMBER = (int, float)
+YES_OR_NO = (bool,)
+CONFIG = {"model": TEXT, "receiver": TEXT, "data": TEXT}
+CONFIG |= {"seed": NUMBER, "cuts": NUMBER, "transfer_weight": NUMBER}
+CUT = {"tau": NUMBER, "prefix": TEXT, "continuation": TEXT}
+CUT |= {"correct": YES_OR_NO, "overflow": YES_OR_NO}
+ROLLOUT = {"step": NUMBER, "problem": {"question": TEXT, "answer": TEXT}, "text": TEXT}
+ROLLOUT |= {"reward": NUMBER, "advantage": NUMBER, "rewards": {str: NUMBER}, "cuts": [CUT]}
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #5c5c5c; --line: #d8d8d8;
@@ -46,361 +51,31 @@ CSS = """
   --line: #3b3b3f; --box: #222226; --c0: #56b4e9; --c1: #ff9d5c; --c2: #3fc99b; --c3: #e59ccf;
   --c4: #e6d34a; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1180px; margin: 0 auto; padding: 16px; }
+  max-width: 1180px; margin: 0 auto; padding: 16px; overflow-wrap: anywhere; }
 h1 { font-size: 1.5em; margin: .2em 0; } h2 { font-size: 1.2em; margin: 1.6em 0 .4em; }
 p { max-width: 46em; } .soft { color: var(--soft); font-size: .9em; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr));
-  gap: 12px 24px; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: .95em; } svg { width: 100%; }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .legend span { display: inline-block; margin-right: 1.4em; } .legend i { display: inline-block;
   width: 1.6em; border-top: 3px solid; margin-right: .5em; vertical-align: middle; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr));
+  gap: 12px 24px; } figure { margin: 0; } figcaption { font-weight: 600; font-size: .95em; }
+svg { width: 100%; } svg line { stroke: var(--line); } svg .y { text-anchor: end; }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif; text-anchor: middle; }
+polygon { fill: currentColor; opacity: .18; } .dashed polyline { stroke-dasharray: 5 4; }
+polyline { fill: none; stroke: currentColor; stroke-width: 2; stroke-linecap: round; }
 details { border-top: 1px solid var(--line); padding: .5em 0; } summary { cursor: pointer; }
 .try { background: var(--box); border-radius: 6px; padding: .6em .8em; margin: .8em 0; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0; font: 14px/1.5 ui-monospace,
-  monospace; } .prefix { color: var(--c0); font-weight: 600; } .own { color: var(--soft); }
-.receiver { color: var(--c1); font-weight: 600; } .cut { border-left: 3px solid var(--c1);
-  padding: 0 .35em; margin-left: .2em; font-size: .85em; white-space: nowrap; color: var(--soft); }
+pre { white-space: pre-wrap; margin: .3em 0; font: 14px/1.5 ui-monospace, monospace; }
+.prefix { color: var(--c0); font-weight: 600; } .receiver { color: var(--c1); font-weight: 600; }
+.own, .cut { color: var(--soft); } .cut { border-left: 3px solid var(--c1); padding: 0 .35em;
+  margin-left: .2em; font-size: .85em; white-space: nowrap; }
 """
 
-
-# ================================================================================== reading a run
-
-
-def fits(value, shape) -> bool:
-    """Whether a value from a file has this shape: a type, [shape of every item], {name: shape} of
-    names that must be there, {str: shape} of every name. float: a number of a reasonable size.
-
-    >>> fits({"x": [1, 2.5]}, {"x": [float]}), fits({"x": "1"}, {"x": float}), fits({}, {"x": str})
-    (True, False, False)
-    """
-    if shape is float:
-        return isinstance(value, (int, float)) and abs(value) < 1e12  # false of NaN
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-    if not isinstance(shape, dict):
-        return isinstance(value, shape)
-    if not isinstance(value, dict):
-        return False
-    if str in shape:
-        return all(fits(item, shape[str]) for item in value.values())
-    return all(name in value and fits(value[name], inner) for name, inner in shape.items())
-
-
-def parse(content: bytes, shape, where: str):
-    """JSON of this shape."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: is not JSON") from None
-    require(fits(value, shape), f"{where}: is not what rltr.py or eval.py writes there")
-    return value
-
-
-def read_lines(path: Path, shape) -> list[dict]:
-    """The rows of a .jsonl; a last line that is still being written does not count."""
-    require(path.is_file(), f"{path}: no such file; is this the folder of a run?")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            rows.append(parse(line, shape, f"{path}: line {number}"))
-    return rows
-
-
-def read_run(folder: Path) -> dict:
-    metrics = read_lines(folder / "metrics.jsonl", {"step": float})
-    require(metrics, f"{folder}: no step is finished yet")
-    for number, row in enumerate(metrics, 1):
-        for name in shown_metrics(row):
-            good = row[name] is None or fits(row[name], float)
-            require(good, f"{folder}/metrics.jsonl: line {number}: {name} is not a number")
-    config = parse((folder / "config.json").read_bytes(), CONFIG, f"{folder}/config.json")
-    closing = folder / "evaluation.json"
-    evaluation = {}
-    if closing.is_file():
-        evaluation = parse(closing.read_bytes(), {str: {str: float}}, str(closing))
-    return {
-        "folder": folder,
-        "config": config,
-        "metrics": metrics,
-        "evaluation": evaluation,
-        "rollouts": read_lines(folder / "rollouts.jsonl", ROLLOUT),
-    }
-
-
-def shown_metrics(row: dict) -> list[str]:
-    """The metrics that have a chart: those of CURVES, and all rewards by their names."""
-    rewards = [name for name in row if name.startswith("reward_") and name not in SHOWN_ALREADY]
-    return [name for name in CURVES if name in row] + rewards
-
-
-def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
-    """Label -> the runs that differ in nothing but their seed."""
-    settings = []
-    for run in runs:
-        setting = {}
-        for name, value in run["config"].items():
-            if isinstance(value, str) and "/" in value:
-                value = Path(value).name  # the folders of the built-in task carry the seed, too
-            if name not in IGNORED:
-                setting[name] = str(value)
-        settings.append(setting)
-    named = ("transfer_weight", "cuts")  # they are in the label anyway
-    differ = [name for name in settings[0] if name not in named]
-    differ = [name for name in differ if len({s.get(name) for s in settings}) > 1]
-    groups = {}
-    for run, setting in zip(runs, settings, strict=True):
-        weight, cuts = run["config"]["transfer_weight"], run["config"]["cuts"]
-        label = "RLVR"
-        if weight:
-            label = f"RLTR, {cuts:g} cut{'s' if cuts > 1 else ''}, b = {weight:g}"
-        for name in sorted(differ):
-            label += f", {name} = {setting.get(name)}"
-        groups.setdefault(label, []).append(run)
-    return groups
-
-
-# ========================================================================================= charts
-
-
-def smooth(values: list, width: int = 10) -> np.ndarray:
-    """Mean of the last `width` steps; steps without the figure are left out."""
-    values = np.array([math.nan if value is None else value for value in values], float)
-    means = []
-    for end in range(1, len(values) + 1):
-        known = values[max(0, end - width) : end]
-        known = known[~np.isnan(known)]
-        means.append(known.mean() if len(known) else math.nan)
-    return np.array(means)
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Up to six round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10((high - low) / 2))
-    steps = [factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 5]
-    first = math.ceil(low / steps[0] - 1e-9)
-    last = math.floor(high / steps[0] + 1e-9)
-    return [number * steps[0] for number in range(first, last + 1)]
-
-
-def chart(title: str, series: list, x_label: str, log: bool = False, unit: bool = False) -> str:
-    """A line chart. series: (number of the colour, xs, means, lowest, highest, dashed)."""
-    series = [s for s in series if np.isfinite(s[2]).any()]
-    if not series:
-        return ""
-    place = np.log2 if log else np.asarray
-    low, high = 0.0, 1.0
-    if not unit:
-        values = np.concatenate([np.concatenate(s[2:5]) for s in series])
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    if high - low < 1e-9 * max(1.0, abs(high)):  # a level line
-        low -= 0.5 * max(1.0, abs(high))
-        high += 0.5 * max(1.0, abs(high))
-    xs = np.concatenate([place(s[1]) for s in series])
-    left, right = float(xs.min()), max(float(xs.max()), float(xs.min()) + 1e-9)
-
-    def across(x):
-        return (WIDTH - LEFT - 10) * (place(x) - left) / (right - left) + LEFT
-
-    def up(y):
-        return (HEIGHT - BOTTOM - 8) * (high - np.asarray(y)) / (high - low) + 8
-
-    def points(x, y):
-        pairs = zip(across(x), up(y), strict=True)
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in pairs if np.isfinite(b))
-
-    parts = []
-    for y in ticks(low, high):
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{up(y):.1f}" y2="{up(y):.1f}" '
-            f'stroke="var(--line)"/><text x="{LEFT - 6}" y="{up(y) + 4:.1f}" '
-            f'text-anchor="end">{y:.4g}</text>'
-        )
-    marks = sorted({float(x) for s in series for x in s[1]}) if log else ticks(left, right)
-    for x in marks:
-        parts.append(
-            f'<text x="{float(across(x)):.1f}" y="{HEIGHT - BOTTOM + 16}" '
-            f'text-anchor="middle">{x:.4g}</text>'
-        )
-    for colour, x, mean, lowest, highest, dashed in series:
-        outline = points(np.concatenate([x, x[::-1]]), np.concatenate([highest, lowest[::-1]]))
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        parts.append(
-            f'<polygon points="{outline}" fill="var(--c{colour})" opacity=".18"/>'
-            f'<polyline points="{points(x, mean)}" fill="none" stroke="var(--c{colour})" '
-            f'stroke-width="2"{dash}/>'
-        )
-    middle = (WIDTH + LEFT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 2}" text-anchor="middle">{x_label}</text>')
-    return (
-        f"<figure><figcaption>{text(title)}</figcaption><svg viewBox='0 0 {WIDTH} {HEIGHT}' "
-        f"role='img' aria-label='{text(title)}'>{''.join(parts)}</svg></figure>"
-    )
-
-
-def band(curves: list) -> tuple:
-    """Mean, lowest and highest of curves, as far as all of them go."""
-    shortest = min(len(curve) for curve in curves)
-    rows = np.array([curve[:shortest] for curve in curves])
-    return rows.mean(0), rows.min(0), rows.max(0)
-
-
-def training_charts(groups: dict) -> str:
-    titles = dict(CURVES)
-    for runs in groups.values():
-        for name in shown_metrics(runs[0]["metrics"][0]):
-            titles.setdefault(name, name.replace("_", ": ", 1))
-    charts = []
-    for name, title in titles.items():
-        series = []
-        for colour, runs in enumerate(groups.values()):
-            curves = [smooth([row.get(name) for row in run["metrics"]]) for run in runs]
-            mean, lowest, highest = band(curves)
-            steps = np.array([row["step"] for row in runs[0]["metrics"]][: len(mean)])
-            series.append((colour % 5, steps, mean, lowest, highest, False))
-        charts.append(chart(title, series, "step"))
-    return "".join(charts)
-
-
-def evaluation_charts(groups: dict, results: dict) -> str:
-    """Maj@k and Pass@k over k, transfer over tau: before (dashed) and after training (solid) from
-    the closing tables of runs, and the results of eval.py."""
-    found = list(groups.values())
-    for result in results.values():
-        found.append([{"evaluation": {"after": result}}])
-    charts = []
-    for prefix, title, label in (
-        ("Maj@", "Maj@k: the majority of k answers is right", "k"),
-        ("Pass@", "Pass@k: one of k answers is right", "k"),
-        ("transfer@", "the receiver's right continuations", "tau"),
-    ):
-        series = []
-        for colour, runs in enumerate(found):
-            for when in ("before", "after"):
-                tables = [run["evaluation"][when] for run in runs if run["evaluation"].get(when)]
-                keys = set.intersection(*(set(table) for table in tables)) if tables else set()
-                places = {place_of(key): key for key in keys if key.startswith(prefix)}
-                if places:
-                    x = np.array(sorted(places))
-                    curves = [np.array([table[places[at]] for at in x]) for table in tables]
-                    series.append((colour % 5, x, *band(curves), when == "before"))
-        charts.append(chart(title, series, label, log=label == "k", unit=True))
-    return "".join(charts)
-
-
-def place_of(name: str) -> float:
-    """16 of Maj@16, 0.3 of transfer@0.3."""
-    try:
-        place = float(name.partition("@")[2])
-    except ValueError:
-        place = math.nan
-    require(0 < place < 1e9, f"evaluation: {name!r} is no figure of eval.py")
-    return place
-
-
-# ======================================================================================= the page
-
-
-def text(value) -> str:
-    """Model text for a page: markup and control characters are shown, not obeyed."""
-    return html.escape(printable(str(value)))
-
-
-def show_cut(rollout: dict, cut: dict) -> str:
-    verdict = "right" if cut["correct"] else "does not fit" if cut["overflow"] else "wrong"
-    prefix = cut["prefix"]
-    rest = rollout["text"][len(prefix) :]
-    return (
-        f'<pre><span class="prefix">{text(prefix)}</span><span class="cut">cut at tau = '
-        f'{cut["tau"]:.2f}</span><span class="own">{text(rest)}</span></pre>'
-        f'<pre>receiver: <span class="receiver">{text(cut["continuation"])}</span> '
-        f"({verdict})</pre>"
-    )
-
-
-def show_rollout(rollout: dict) -> str:
-    parts = ['<div class="try">']
-    if rollout["cuts"]:
-        parts.append(show_cut(rollout, rollout["cuts"][0]))
-    else:
-        parts.append(f"<pre>{text(rollout['text'])}</pre>")
-    others = rollout["cuts"][1:]
-    if others:
-        more = "".join(show_cut(rollout, cut) for cut in others)
-        parts.append(f"<details><summary>{len(others)} more cuts</summary>{more}</details>")
-    rewards = [f"{text(name)} {value:.2f}" for name, value in rollout["rewards"].items()]
-    parts.append(
-        f'<div class="soft">{" &middot; ".join(rewards)} &rarr; reward '
-        f"<b>{rollout['reward']:.2f}</b>, advantage <b>{rollout['advantage']:+.2f}</b></div></div>"
-    )
-    return "".join(parts)
-
-
-def show_rollouts(run: dict) -> str:
-    """The group of the first, a middle and the last step."""
-    steps = {}
-    for rollout in run["rollouts"]:
-        steps.setdefault(rollout["step"], []).append(rollout)
-    numbers = sorted(steps)
-    chosen = {numbers[0], numbers[len(numbers) // 2], numbers[-1]} if numbers else set()
-    parts = []
-    for step in sorted(chosen):
-        problem = steps[step][0]["problem"]
-        parts.append(
-            f"<details{' open' if step == numbers[-1] else ''}><summary>Step {step:g}: "
-            f"{text(problem['question'])} <b>(right answer {text(problem['answer'])})</b>"
-            "</summary>"
-        )
-        best_first = sorted(steps[step][:16], key=lambda rollout: -rollout["reward"])
-        parts += [show_rollout(rollout) for rollout in best_first]
-        parts.append("</details>")
-    return "".join(parts)
-
-
-def what_happened(label: str, runs: list[dict]) -> str:
-    """In plain words, from the numbers."""
-    steps, seeds = len(runs[0]["metrics"]), len(runs)
-    words = (
-        f"<b>{text(label)}</b> ({steps} steps, {seeds} seed{'s' if seeds > 1 else ''}): the share "
-        f"of right answers went {first_and_last(runs, 'accuracy')}"
-    )
-    if runs[0]["metrics"][0].get("transfer") is not None:
-        words += f", the receiver's right continuations {first_and_last(runs, 'transfer')}"
-    solid, lucky = [], []  # advantages of right answers, by whether the receiver could go on
-    for run in runs:
-        for rollout in run["rollouts"]:
-            transfer = rollout["rewards"].get("transfer")
-            if transfer is None or not rollout["rewards"].get("answer") or not rollout["advantage"]:
-                continue
-            if transfer >= 0.75:
-                solid.append(rollout["advantage"])
-            elif transfer <= 0.25:
-                lucky.append(rollout["advantage"])
-    if solid and lucky:
-        words += (
-            ". What the transfer reward did: of the right answers in the log, those whose "
-            f"reasoning the receiver could mostly continue ({len(solid)}) got a mean advantage of "
-            f"{np.mean(solid):+.2f}, those it could hardly continue, the lucky ones "
-            f"({len(lucky)}), {np.mean(lucky):+.2f}. With the answer alone, both would earn the "
-            "same"
-        )
-    return f"<p>{words}.</p>"
-
-
-def first_and_last(runs: list[dict], name: str) -> str:
-    curves = [smooth([row.get(name) for row in run["metrics"]]) for run in runs]
-    first = np.mean([curve[min(9, len(curve) - 1)] for curve in curves])
-    last = np.mean([curve[-1] for curve in curves])
-    return f"from {first:.0%} to {last:.0%}"
-
-
 INTRODUCTION = """\
-<p>A model, the <b>generator</b>, learns by trial and error to solve problems. Each attempt earns
-{answer_weight:g} for a right answer. With RLTR it also earns up to {transfer_weight:g} as a
-<b>transfer reward</b>: the attempt is cut at a random place (tau, from 0 the start to 1 the end)
-and another model, the <b>receiver</b> ({receiver}), which does not learn, goes on from there. If it
-gets to the right answer, the reasoning was good enough for somebody else to build on; a right
-answer by luck earns less. RLVR is the same training without the transfer reward.</p>"""
+<p>A model, the <b>generator</b>, learns by trial and error to solve problems. An attempt earns a
+reward for a right answer. With RLTR it also earns a <b>transfer reward</b>: it is cut at a random
+place (tau, from 0 the start to 1 the end), and another model, the <b>receiver</b>, which does not
+learn, goes on from there. If that gets to the right answer, the reasoning was good enough for
+somebody else to build on. RLVR is the same training without the transfer reward.</p>"""
 
 HOW_TO_READ = """\
 <h2>Attempts to read</h2><p class="soft"><span class="prefix">Up to the cut</span>, <span
@@ -409,28 +84,322 @@ receiver wrote instead</span>. A positive advantage makes an attempt more likely
 is in the log.</p>"""
 
 
-def page(runs: list[dict], results: dict) -> str:
+class PageError(Exception):
+    """Something the user can put right."""
+
+
+def require(condition, message: str):
+    if not condition:
+        raise PageError(message)
+
+
+# ================================================================================== reading a run
+# Run folders may come from elsewhere and hold anything. The page sees only what `take` returns of
+# them: finite numbers where numbers belong, and texts, which `text` makes harmless.
+
+
+def take(value, shape):
+    """What of a value from a file has this shape, or None. A shape is a tuple of types; a record
+    {"name": shape}, which is there with all its names or not at all; a table {str: shape} or a list
+    [shape], which lose what does not fit.
+
+    >>> take({"x": 1, "y": "2"}, {"x": NUMBER}), take({"x": 1, "y": "2"}, {"y": NUMBER})
+    ({'x': 1}, None)
+    >>> take({"x": 1, "y": "2"}, {str: NUMBER}), take([True, float("nan"), 3], [NUMBER])
+    ({'x': 1}, [3])
+    """
+    if isinstance(shape, tuple):
+        good = type(value) in shape and (type(value) is str or abs(value) < 1e30)  # no NaN
+        return value if good else None
+    if type(value) is not type(shape):
+        return None
+    if isinstance(shape, list):
+        items = [take(item, shape[0]) for item in value]
+        return [item for item in items if item is not None]
+    if str in shape:
+        fields = {name: take(item, shape[str]) for name, item in value.items()}
+        return {name: item for name, item in fields.items() if item is not None}
+    record = {name: take(value.get(name), inner) for name, inner in shape.items()}
+    return None if None in record.values() else record
+
+
+def parse(content: bytes, shape):
+    """What of a JSON text has this shape, or None."""
+    try:
+        return take(json.loads(content), shape)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read(path: Path, shape):
+    require(path.is_file(), f"{path}: no such file")
+    value = parse(path.read_bytes(), shape)
+    require(value is not None, f"{path}: is not what rltr.py or eval.py writes there")
+    return value
+
+
+def read_lines(path: Path, shape) -> list:
+    """A value a line; damaged lines do not count, and the last one may still be written."""
+    require(path.is_file(), f"{path}: no such file; is this the folder of a run?")
+    with path.open("rb") as file:
+        values = [parse(line, shape) for line in file]
+    return [value for value in values if value is not None]
+
+
+def read_run(folder: Path) -> dict:
+    metrics = read_lines(folder / "metrics.jsonl", {str: NUMBER})
+    metrics = [row for row in metrics if "step" in row]
+    require(metrics, f"{folder}: no step is finished yet")
+    config = read(folder / "config.json", CONFIG)
+    settings = {}
+    for name, value in read(folder / "config.json", {str: (str, int, float, bool)}).items():
+        # The folders of the built-in task carry the seed in their names.
+        settings[name] = str(value).replace(f"seed{config['seed']}", "seed")
+    closing = folder / "evaluation.json"
+    return {
+        "config": config,
+        "settings": settings,
+        "metrics": metrics,
+        "evaluation": read(closing, {str: {str: NUMBER}}) if closing.exists() else {},
+        "rollouts": read_lines(folder / "rollouts.jsonl", ROLLOUT),
+    }
+
+
+def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
+    """Label -> the runs that differ in nothing but their seed."""
+    shared = set.intersection(*(set(run["settings"].items()) for run in runs))
+    groups = {}
+    for run in runs:
+        cuts, weight = run["config"]["cuts"], run["config"]["transfer_weight"]
+        label = f"RLTR, cuts = {cuts:g}, b = {weight:g}" if weight else "RLVR"
+        own = dict(run["settings"].items() - shared)
+        for name in sorted(own.keys() - {"cuts", "transfer_weight", *ALIKE.split()}):
+            label += f", {name} = {own[name]}"
+        groups.setdefault(label, []).append(run)
+    return groups
+
+
+# ========================================================================================= charts
+
+
+def smooth(rows: list[dict], name: str, width: int = 10) -> dict[float, float]:
+    """Step -> mean of a metric over the last `width` steps, where any of them has it."""
+    means = {}
+    for end in range(1, len(rows) + 1):
+        window = rows[max(0, end - width) : end]
+        known = [row[name] for row in window if name in row]
+        if known:
+            means[rows[end - 1]["step"]] = sum(known) / len(known)
+    return means
+
+
+def curve(tables: list[dict]) -> list[tuple]:
+    """(x, mean, lowest, highest) of tables {x: y}, at each x that all of them have.
+
+    >>> curve([{1.0: 2.0, 2.0: 5.0}, {1.0: 4.0}])
+    [(1.0, 3.0, 2.0, 4.0)]
+    """
+    points = []
+    for x in sorted(set().union(*tables)):
+        ys = [table[x] for table in tables if x in table]
+        if len(ys) == len(tables):
+            points.append((x, sum(ys) / len(ys), min(ys), max(ys)))
+    return points
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Up to six round numbers from low to high: multiples of 1, 2 or 5 times a power of ten.
+
+    >>> ticks(0, 1), ticks(3, 31)
+    ([0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0], [10, 20, 30])
+    """
+    power = 10 ** math.floor(math.log10((high - low) / 2))
+    steps = [factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 5]
+    first = math.ceil(low / steps[0] - 1e-9)
+    last = math.floor(high / steps[0] + 1e-9)
+    return [number * steps[0] for number in range(first, last + 1)]
+
+
+def limits(values: list[float]) -> tuple[float, float]:
+    """Lowest and highest; a level line gets some room."""
+    low, high = min(values), max(values)
+    room = 0.5 * max(1.0, abs(high)) if high - low < 1e-9 * max(1.0, abs(high)) else 0.0
+    return low - room, high + room
+
+
+def chart(title: str, lines: list[tuple], x_label: str, shares: bool = False) -> str:
+    """A chart of lines (colour, class, points of `curve`). shares: the y axis goes from 0 to 1, and
+    each x has a mark. The axis of k is logarithmic."""
+    lines = [line for line in lines if line[2]]
+    if not lines:
+        return ""
+    points = [point for _, _, its_points in lines for point in its_points]
+    scale = math.log2 if x_label == "k" else float
+    left, right = limits([scale(point[0]) for point in points])
+    low, high = (0.0, 1.0) if shares else limits([y for point in points for y in point[1:]])
+
+    def across(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - 10) * (scale(x) - left) / (right - left)
+
+    def down(y: float) -> float:
+        return 8 + (HEIGHT - BOTTOM - 8) * (high - y) / (high - low)
+
+    def path(column: int, some: list) -> str:
+        return " ".join(f"{across(point[0]):.1f},{down(point[column]):.1f}" for point in some)
+
+    parts = []
+    for y in ticks(low, high):
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 6}" y="{down(y) + 4:.1f}">{y:.4g}</text>')
+    for x in sorted({point[0] for point in points}) if shares else ticks(left, right):
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}">{x:.4g}</text>')
+    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 2}">{x_label}</text>')
+    for colour, kind, its in lines:
+        band = f"{path(2, its)} {path(3, its[::-1])}"
+        mean = path(1, its[:1] + its)  # the first one twice: a single point is a dot
+        parts.append(
+            f'<g class="{kind}" style="color: var(--c{colour})">'
+            f'<polygon points="{band}"/><polyline points="{mean}"/></g>'
+        )
+    return (
+        f'<figure><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" aria-label="{text(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def training_charts(groups: dict) -> str:
+    titles = dict(CURVES)
+    for runs in groups.values():
+        for name in runs[0]["metrics"][-1]:
+            if name.startswith("reward_") and name not in SHOWN_ALREADY:
+                titles.setdefault(name, name.replace("_", ": ", 1))
+    charts = []
+    for name, title in titles.items():
+        lines = []
+        for number, runs in enumerate(groups.values()):
+            points = curve([smooth(run["metrics"], name) for run in runs])
+            lines.append((number % 5, "solid", points))
+        charts.append(chart(title, lines, "step"))
+    return "".join(charts)
+
+
+def evaluation_charts(groups: dict) -> str:
+    """Maj@k and Pass@k over k, transfer over tau: before (dashed) and after training (solid)."""
+    charts = []
+    for prefix, title in EVALUATIONS.items():
+        lines = []
+        for number, runs in enumerate(groups.values()):
+            for when, kind in (("before", "dashed"), ("after", "solid")):
+                tables = [run["evaluation"].get(when, {}) for run in runs]
+                found = [table for table in tables if table]
+                lines.append((number % 5, kind, curve([places(table, prefix) for table in found])))
+        x_label = "tau" if prefix == "transfer@" else "k"
+        charts.append(chart(title, lines, x_label, shares=True))
+    return "".join(charts)
+
+
+def places(figures: dict[str, float], prefix: str) -> dict[float, float]:
+    """Of the figures with this prefix, by the number behind it.
+
+    >>> places({"Maj@1": 0.5, "Maj@16": 0.7, "Pass@1": 0.5}, "Maj@")
+    {1.0: 0.5, 16.0: 0.7}
+    """
+    found = {}
+    for name, value in figures.items():
+        match = re.fullmatch(prefix + r"([1-9]\d{0,8}|0\.\d{0,8}[1-9])", name)
+        if match:
+            found[float(match[1])] = value
+    return found
+
+
+# ======================================================================================= the page
+
+
+def printable(words: str) -> str:
+    """Control characters spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
+
+
+def text(words: str) -> str:
+    """Words for a page: markup and control characters are shown, not obeyed."""
+    return html.escape(printable(words))
+
+
+def show_cut(rollout: dict, cut: dict) -> str:
+    prefix = cut["prefix"]
+    verdict = "right" if cut["correct"] else "does not fit" if cut["overflow"] else "wrong"
+    return (
+        f'<pre><span class="prefix">{text(prefix)}</span><span class="cut">cut at tau = '
+        f'{cut["tau"]:.2f}</span><span class="own">{text(rollout["text"][len(prefix) :])}</span>'
+        f'\nreceiver: <span class="receiver">{text(cut["continuation"])}</span> '
+        f"({verdict})</pre>"
+    )
+
+
+def show_rollout(rollout: dict) -> str:
+    cuts = [show_cut(rollout, cut) for cut in rollout["cuts"]]
+    shown = cuts[0] if cuts else f"<pre>{text(rollout['text'])}</pre>"
+    if cuts[1:]:
+        shown += f"<details><summary>More cuts</summary>{''.join(cuts[1:])}</details>"
+    rewards = [f"{text(name)} {value:.2f}" for name, value in rollout["rewards"].items()]
+    return (
+        f'<div class="try">{shown}<div class="soft">{" &middot; ".join(rewards)} &rarr; reward '
+        f"<b>{rollout['reward']:.2f}</b>, advantage <b>{rollout['advantage']:+.2f}</b></div></div>"
+    )
+
+
+def show_rollouts(run: dict) -> str:
+    """The group of the first, a middle and the last step, the best attempt first."""
+    steps = {}
+    for rollout in run["rollouts"]:
+        steps.setdefault(rollout["step"], []).append(rollout)
+    numbers = sorted(steps)
+    parts = []
+    for step in sorted({*numbers[:1], *numbers[len(numbers) // 2 :][:1], *numbers[-1:]}):
+        problem = steps[step][0]["problem"]
+        parts.append(
+            f"<details{' open' if step == numbers[-1] else ''}><summary>Step {step:.0f}: "
+            f"{text(problem['question'])} <b>(right answer {text(problem['answer'])})</b>"
+            "</summary>"
+        )
+        best_first = sorted(steps[step], key=lambda rollout: -rollout["reward"])
+        parts += [show_rollout(rollout) for rollout in best_first[:16]]
+        parts.append("</details>")
+    return "".join(parts)
+
+
+def what_happened(label: str, runs: list[dict]) -> str:
+    seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    words = f"<b>{text(label)}</b>: {len(runs[0]['metrics'])} steps, {seeds}"
+    for name, subject in (("accuracy", "right answers"), ("transfer", "right continuations")):
+        points = curve([smooth(run["metrics"], name) for run in runs])
+        if points:
+            first = points[min(9, len(points) - 1)]
+            words += f", {subject} from {first[1]:.0%} to {points[-1][1]:.0%}"
+    return f"<p>{words}.</p>"
+
+
+def page(runs: list[dict], results: dict[str, dict]) -> str:
+    """The page of runs and of results of eval.py, label -> figures."""
     groups = group_runs(runs)
-    config = runs[0]["config"]
-    weights = [run["config"]["transfer_weight"] for run in runs]
+    evaluated = dict(groups)
+    for label, figures in results.items():
+        evaluated[label] = [{"evaluation": {"after": figures}}]
     keys = []
-    for number, label in enumerate([*groups, *results]):
-        line = f'<i style="border-color: var(--c{number % 5})"></i>'
+    for number, label in enumerate(evaluated):
+        line = f'<i style="color: var(--c{number % 5})"></i>'
         keys.append(f"<span>{line}{text(label)}</span>")
+    config = runs[0]["config"]
+    named = [text(Path(config[name]).name) for name in ("model", "data", "receiver")]
     parts = [
-        f"<h1>RLTR: {text(Path(config['model']).name)} on {text(Path(config['data']).name)}</h1>",
-        INTRODUCTION.format(
-            answer_weight=config["answer_weight"],
-            transfer_weight=max(weights),
-            receiver=text(Path(config["receiver"]).name),
-        ),
+        "<h1>RLTR: {} on {}, receiver {}</h1>".format(*named),
+        INTRODUCTION,
         *(what_happened(label, group) for label, group in groups.items()),
         f'<h2>Training</h2><p class="legend">{"".join(keys[: len(groups)])}</p>',
         '<p class="soft">Mean of the last ten steps; a band goes from the lowest to the highest '
-        "seed.</p>",
-        f'<div class="grid">{training_charts(groups)}</div>',
+        f'seed.</p><div class="grid">{training_charts(groups)}</div>',
     ]
-    evaluations = evaluation_charts(groups, results)
+    evaluations = evaluation_charts(evaluated)
     if evaluations:
         parts.append(
             "<h2>Evaluation on held-out problems</h2>"
@@ -439,9 +408,7 @@ def page(runs: list[dict], results: dict) -> str:
         )
     parts.append(HOW_TO_READ)
     for label, group in groups.items():
-        if len(groups) > 1:
-            parts.append(f"<h3>{text(label)}</h3>")
-        parts.append(show_rollouts(group[0]))
+        parts.append(f"<h3>{text(label)}</h3>{show_rollouts(group[0])}")
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
         "content='width=device-width, initial-scale=1'><title>RLTR report</title><style>"
@@ -449,25 +416,37 @@ def page(runs: list[dict], results: dict) -> str:
     )
 
 
-def write_report(argv: list[str] | None):
-    parser = common.parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--eval", nargs="+", type=Path, default=[], help="result.json of eval.py")
-    parser.add_argument("-o", "--output", type=common.output, default=Path("report.html"))
-    given = parser.parse_args(argv)
+def write_page(runs: list[Path], output: Path, evaluations: list[Path] = ()):
+    """The page of these run folders and result.json of eval.py. A file `output` is replaced when
+    the page is complete; what else is there (a folder, a device) stays."""
+    require(output.is_file() or not output.exists(), f"{output}: is there, and not a file")
     results = {}
-    for path in given.eval:
-        shape = {"figures": {str: float}}
-        label = f"{path.parent.name}/{path.name}"
-        results[label] = parse(path.read_bytes(), shape, str(path))["figures"]
-    content = page([read_run(folder) for folder in given.runs], results)
+    for path in evaluations:
+        results[str(path)] = read(path, {"figures": {str: NUMBER}})["figures"]
+    content = page([read_run(folder) for folder in runs], results)
+    partial = output.with_name(output.name + ".partial")
     # In pure ASCII, whatever the encoding of this machine.
-    rltr.write_file(given.output, content.encode("ascii", "xmlcharrefreplace").decode("ascii"))
-    print(given.output)
+    partial.write_bytes(content.encode("ascii", "xmlcharrefreplace"))
+    partial.replace(output)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise PageError(message)  # one line, not a manual
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.command_line("report", write_report, argv)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("--eval", nargs="+", type=Path, default=[], help="result.json of eval.py")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"))
+    try:
+        given = parser.parse_args(argv)
+        write_page(given.runs, given.output, given.eval)
+    except (PageError, OSError) as error:
+        print("report: " + printable(" ".join(str(error).split())), file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
