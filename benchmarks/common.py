@@ -18,12 +18,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return rltr.Parser(description=doc.split("\n")[0], allow_abbrev=False)
 
 
-def whole(low: int):
-    """For argparse: a whole number of at least `low`."""
+def whole(low: int, high: int = 10**6):
+    """For argparse: a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text[:10]) <= 10**6:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to 1e6")
+        if not (text.isascii() and text.isdecimal()) or not low <= int(text[:10]) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
         return int(text)
 
     return read
@@ -55,9 +55,11 @@ def output(text: str) -> Path:
 def device(text: str) -> str:
     """For argparse: a device that this machine has."""
     try:
-        torch.zeros(1, device=text)
+        kind = torch.zeros(1, device=text).device.type
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: there is none ({error})") from None
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r}: cpu or cuda")
     return text
 
 

@@ -174,7 +174,9 @@ def main(argv: list[str] | None = None):
         tiny = rltr.make_tiny(0)
         given.model, given.data = str(tiny / "generator"), str(tiny / "train.jsonl")
         given.prompt = "{question}"
+        given.limit = min(given.limit, 32)
 
+    rltr.require("{question}" in given.prompt, "--prompt: {question} is missing in it")
     lm = rltr.load_lm(given.model, given.device)
     problems = rltr.load_problems(given.data, limit=given.prompts * given.seeds)
     needed = f"{given.data}: has {len(problems)} problems, not {given.prompts * given.seeds}"

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--check", action="store_true", help="on this machine, a small shape")
     parser.add_argument("--device", type=common.device, default="cpu", help="of --check")
     parser.add_argument(
-        "--length", type=common.whole(8), default=2048, help="longest row, prompt included"
+        "--length", type=common.whole(8, 32768), default=2048, help="longest row, prompt included"
     )
     given = parser.parse_args(argv)
     if given.check:

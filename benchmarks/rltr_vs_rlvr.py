@@ -179,13 +179,41 @@ def seed_range(text: str) -> range:
     found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
     if not found or int(found[1]) > int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 100-139")
-    return range(int(found[1]), int(found[2]) + 1)
+    return range(int(found[1]), min(int(found[2]), int(found[1]) + 10_000) + 1)
+
+
+# ========================================================================================= tables
+
+
+def read_results(out: Path, seeds: range) -> dict:
+    """variant -> seed -> what `run` has written."""
+    results = {}
+    for variant in ("before", *VARIANTS):
+        for seed in seeds:
+            file = out / f"{variant}-{seed}.json"
+            if file.exists():
+                try:
+                    report = json.loads(file.read_text())
+                    numbers = [float(report["figures"][name]) for name in FIGURES]
+                    whole = np.isfinite(numbers + report.get("training", [])).all()
+                except (ValueError, KeyError, TypeError):
+                    whole = False
+                rltr.require(whole, f"{file}: damaged; delete it")
+                results.setdefault(variant, {})[seed] = report
+    rltr.require(results, f"{out}: no results there")
+    return results
 
 
 def smooth(values: list[float], width: int = 10) -> np.ndarray:
     """Mean of the last `width` steps, of as many as there are at the start."""
     ends = range(1, len(values) + 1)
     return np.array([np.mean(values[max(0, end - width) : end]) for end in ends])
+
+
+def steps_until_goal(report: dict) -> float:
+    """Until the training accuracy, as a mean of ten steps, is GOAL; infinity: never."""
+    hits = np.flatnonzero(smooth(report["training"])[9:] >= GOAL)
+    return hits[0] + 10 if len(hits) else np.inf
 
 
 @functools.cache
@@ -217,89 +245,109 @@ def column(results: dict, variant: str, figure: str, seeds: list[int]) -> np.nda
 
 
 def main_table(results: dict, seeds: list[int]) -> list[str]:
-    listed = ", ".join(map(str, seeds))
     lines = [
-        f"Seeds {listed}: mean (lowest .. highest); differences with a 95 % interval",
+        f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}: mean (lowest .. highest); paired "
+        "differences with a 95 % interval",
         "",
-        "| | before | RLVR | RLVR, 14 samples | RLTR | RLTR - RLVR | RLTR - RLVR 14 |",
+        "| | before | RLVR | RLVR, 16 samples | RLTR | RLTR - RLVR | RLTR - RLVR 16 |",
         "|---" * 7 + "|",
     ]
     for figure in FIGURES:
         x = {variant: column(results, variant, figure, seeds) for variant in ("before", *MAIN)}
-        cells = [spread(x[variant]) for variant in ("before", "rlvr", "rlvr_14", "rltr")]
-        cells += [difference(x["rltr"], x["rlvr"]), difference(x["rltr"], x["rlvr_14"])]
+        cells = [spread(x[variant]) for variant in ("before", "rlvr", "rlvr_16", "rltr")]
+        cells += [difference(x["rltr"], x["rlvr"]), difference(x["rltr"], x["rlvr_16"])]
         lines.append(f"| {figure} | {' | '.join(cells)} |")
     return lines
 
 
-def speed_lines(results: dict, seeds: list[int]) -> list[str]:
-    """Seconds, and the steps until RLTR is as good as RLVR becomes."""
-    seconds = []
-    for variant in MAIN:
-        mean = np.mean([results[variant][seed]["seconds"] for seed in seeds])
-        seconds.append(f"{variant} {mean:.0f}")
-    reached = []
-    for seed in seeds:
-        goal = smooth(results["rlvr"][seed]["training"])[-1]
-        hits = np.flatnonzero(smooth(results["rltr"][seed]["training"])[9:] >= goal) + 10
-        reached.append(str(hits[0]) if len(hits) else "never")
-    total = len(results["rlvr"][seeds[0]]["training"])
-    return [
-        "Training seconds, mean: " + ", ".join(seconds),
-        "",
-        "Steps until RLTR's training accuracy (mean of ten steps) is what RLVR has after "
-        f"{total}: {', '.join(reached)} (seeds in order)",
+def cost_table(results: dict, seeds: list[int]) -> list[str]:
+    lines = [
+        "| mean of a run | seconds | sampled tokens, thousands | of the receiver | learnt from "
+        f"| seeds that reach {GOAL} in training | steps until then: median of these (range) |",
+        "|---" * 7 + "|",
     ]
+    for variant in MAIN:
+        reports = [results[variant][seed] for seed in seeds]
+        cells = [f"{np.mean([report['seconds'] for report in reports]):.0f}"]
+        for name in ("sampled", "continued", "learnt"):
+            cells.append(f"{np.mean([report[name] for report in reports]) / 1000:.0f}")
+        steps = np.array([steps_until_goal(report) for report in reports])
+        reached = steps[np.isfinite(steps)]
+        cells.append(f"{len(reached)} of {len(steps)}")
+        if len(reached):
+            low, middle, high = np.percentile(reached, [0, 50, 100])
+            cells.append(f"{middle:.0f} ({low:.0f} .. {high:.0f})")
+        else:
+            cells.append("-")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return lines
 
 
 def ablation_table(results: dict) -> list[str]:
     shown = ("accuracy", "Maj@64", "held-out transfer@0.5")
-    lines = [f"| ablation | seeds | {' | '.join(shown)} | accuracy - RLTR | seconds |"]
+    lines = [f"| variant | seeds | {' | '.join(shown)} | accuracy - RLTR | seconds |"]
     lines.append("|---" * 7 + "|")
-    ablations = [variant for variant in results if variant not in ("before", *MAIN)]
-    for variant in ("rltr", *ablations, "rlvr"):
-        seeds = [seed for seed in results[variant] if seed in results["rltr"]]
+    for variant, runs in results.items():
+        seeds = [seed for seed in runs if seed in results.get("rltr", {})]
+        if variant == "before" or not seeds:
+            continue
         cells = [spread(column(results, variant, figure, seeds)) for figure in shown]
-        gain = ""
-        if variant != "rltr":
-            theirs = column(results, variant, "accuracy", seeds)
-            gain = difference(theirs, column(results, "rltr", "accuracy", seeds))
-        seconds = np.mean([results[variant][seed]["seconds"] for seed in seeds])
-        lines.append(f"| {variant} | {len(seeds)} | {' | '.join(cells)} | {gain} | {seconds:.0f} |")
+        theirs = column(results, variant, "accuracy", seeds)
+        gain = difference(theirs, column(results, "rltr", "accuracy", seeds))
+        seconds = np.mean([runs[seed]["seconds"] for seed in seeds])
+        cells += ["" if variant == "rltr" else gain, f"{seconds:.0f}"]
+        lines.append(f"| {variant} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 
 
-def figure(results: dict, path: str):
-    """Training accuracy over steps: each seed a thin line, their mean a thick one."""
+def figure(results: dict, seeds: list[int], path: Path):
+    """Left: training accuracy, mean and the middle 80 % of the seeds. Right: the share of seeds
+    that have reached GOAL, which also tells of those that never do."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panel, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    panel, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for variant, label, colour in (
-        ("rltr", "RLTR (one cut, b = 1)", "#0072b2"),
-        ("rlvr", "RLVR", "#d55e00"),
-        ("rlvr_14", "RLVR, 14 samples", "#009e73"),
+        ("rltr", "RLTR, 8 samples", "#0072b2"),
+        ("rlvr_16", "RLVR, 16 samples", "#009e73"),
+        ("rlvr", "RLVR, 8 samples", "#d55e00"),
     ):
-        curves = np.array([smooth(run["training"]) for run in results[variant].values()])
+        curves = np.array([smooth(results[variant][seed]["training"]) for seed in seeds])
         steps = np.arange(1, curves.shape[1] + 1)
-        axes.plot(steps, curves.T, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, curves.mean(0), color=colour, linewidth=2.5, label=label)
-    axes.set(xlabel="step", ylabel="training accuracy (mean of ten steps)", ylim=(0.4, 1.0))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    panel.savefig(path)
+        low, high = np.percentile(curves, [10, 90], axis=0)
+        left.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        left.plot(steps, curves.mean(axis=0), color=colour, linewidth=2, label=label)
+        reached = np.array([steps_until_goal(results[variant][seed]) for seed in seeds])
+        share = [(reached <= step).mean() for step in steps]
+        right.step(steps, share, color=colour, linewidth=2, where="post")
+    left.set(xlabel="step", ylabel="training accuracy (mean of ten steps)", ylim=(0.4, 1.0))
+    right.set(xlabel="step", ylabel=f"share of seeds that have reached {GOAL}", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(loc="lower right", frameon=False)
+    try:
+        panel.savefig(path)
+    except ValueError as error:  # a format that it does not know
+        raise rltr.UserError(f"--figure {path}: {error}") from None
 
 
-def write_csv(results: dict, path: str):
+def write_csv(results: dict, path: Path):
+    costs = ["seconds", "sampled", "continued", "learnt"]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["variant", "seed", "seconds", *FIGURES])
+        writer.writerow(["variant", "seed", *costs, "steps_until_goal", *FIGURES])
         for variant, runs in results.items():
             for seed, report in runs.items():
-                figures = [round(report["figures"][name], 4) for name in FIGURES]
-                writer.writerow([variant, seed, round(report.get("seconds", 0)), *figures])
+                row = [round(report[name]) if name in report else "" for name in costs]
+                row.append(steps_until_goal(report) if "training" in report else "")
+                row += [round(report["figures"][name], 4) for name in FIGURES]
+                writer.writerow([variant, seed, *row])
+
+
+# =================================================================================== command line
 
 
 def main(argv: list[str] | None = None):
@@ -311,8 +359,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--steps", type=common.whole(1), default=150)
     parser.add_argument("--out", type=Path, help="default: runs/rltr-vs-rlvr-TASK")
     parser.add_argument("--tables", action="store_true", help="of what is there; run nothing")
-    parser.add_argument("--csv", help="write all results here")
-    parser.add_argument("--figure", help="draw the curves here (needs matplotlib)")
+    parser.add_argument("--csv", type=common.output, help="write all results here")
+    parser.add_argument("--figure", type=common.output, help="draw curves here (with matplotlib)")
     given = parser.parse_args(argv)
     out = given.out or Path(f"runs/rltr-vs-rlvr-{given.task}")
     if not given.tables:
@@ -329,23 +377,17 @@ def main(argv: list[str] | None = None):
                     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
                         run(variant, seed, out, given.steps)  # its progress bars go nowhere
 
-    results = {}
-    for variant in everything:
-        for seed in given.seeds:
-            file = out / f"{variant}-{seed}.json"
-            if file.exists():
-                results.setdefault(variant, {})[seed] = json.loads(file.read_text())
-    rltr.require(results, f"{out}: no results there")
+    results = read_results(out, given.seeds)
     if given.csv:
         write_csv(results, given.csv)
     complete = [set(results.get(variant, {})) for variant in ("before", *MAIN)]
     seeds = sorted(set.intersection(*complete))
     if seeds:
-        lines = [*main_table(results, seeds), "", *speed_lines(results, seeds), ""]
-        print("\n".join(["", *lines, *ablation_table(results)]))
+        print("\n".join(["", *main_table(results, seeds), "", *cost_table(results, seeds)]))
+    print("\n".join(["", *ablation_table(results)]))
     if given.figure:
-        rltr.require(seeds, f"{out}: not all of {', '.join(MAIN)} are there")
-        figure(results, given.figure)
+        rltr.require(seeds, f"{out}: no seed has all of {', '.join(MAIN)}")
+        figure(results, seeds, given.figure)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None):
 
     if given.show_taus:
         show_taus(int(os.environ.get("RANK", 0)))
+    is_tiny = given.model.startswith("{tiny}")
+    if given.lr is None:
+        given.lr = 5e-4 if is_tiny else 2e-6
     on_gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"  # of this process
-    is_tiny = given.model.startswith("{tiny}")
     names = [given.model, given.receiver, given.data]
     if any("{tiny}" in name for name in names):
         tiny = str(rltr.make_tiny(given.seed))  # made by one process, the others wait
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None):
         num_generations=given.group,
         max_completion_length=given.max_new_tokens,
         reward_weights=[1.0, given.transfer_weight],
-        learning_rate=given.lr or (5e-4 if is_tiny else 2e-6),
+        learning_rate=given.lr,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=10,
         adam_beta2=0.99,
