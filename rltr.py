@@ -2095,8 +2095,11 @@ def show_results(run: Path, config: Config):
     torch.cuda.empty_cache()
     if config.eval_data:  # before and after
         run_script("eval.py", "--run", run)
-    run_script("benchmarks/report.py", run, "-o", run / "report.html")
-    print(f"the trained model: {run}/final; a page about the run: {run}/report.html")
+    page = run / "report.html"
+    run_script("benchmarks/report.py", run, "-o", page)
+    print(f"the trained model: {run}/final")
+    if page.exists():
+        print(f"a page about the run: {page}")
     if not config.eval_data:
         print(f"to evaluate it: python eval.py --model {run}/final --data math500 --k 64")
     if config.transfer_weight > 0:
@@ -2112,7 +2115,7 @@ def run_script(name: str, *arguments):
             done = subprocess.run([sys.executable, script, *arguments]).returncode == 0
     if not done:
         command = " ".join(str(argument) for argument in [name, *arguments])
-        print(f"the model is trained, but this was not done: python {command}")
+        print(f"{name} is not here, or has failed, so this was not done: python {command}")
 
 
 # ======================================================================================== with TRL

@@ -4,7 +4,8 @@
     python benchmarks/step.py                            # on the CPU, both in one run
 
 Two kinds of work, 32 prompts x 8 samples each, temperature 1, no KL, one optimizer step a batch,
-fp32, the same start and problems. TRL samples with transformers' generate (its default).
+fp32, the same start and problems. TRL samples with transformers' generate (its default), and once
+more with transformers' continuous batching.
   ragged:  lengths as different as those of reasoning. A random model of 3 M weights, prompts of 23
            to 115 tokens, completions of 1 to 128; an even number of tokens is rewarded, as
            random weights know no answers.
@@ -111,7 +112,7 @@ class StepTimes(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def trl_steps(folder: Path, steps: int, longest: int, ragged: bool, out: Path):
+def trl_steps(folder: Path, steps: int, longest: int, ragged: bool, continuous: bool, out: Path):
     """Seconds of each step of TRL's trainer but the first, and the mean length of completions."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
@@ -144,6 +145,7 @@ def trl_steps(folder: Path, steps: int, longest: int, ragged: bool, out: Path):
         report_to="none",
         gradient_checkpointing=False,
         disable_tqdm=True,
+        use_transformers_continuous_batching=continuous,
         top_k=0,
         top_p=1.0,
     )
@@ -180,7 +182,8 @@ def compare(name: str, folder: Path, steps: int, longest: int, out: Path) -> str
     """A table of both, and the ratio; we go first and last."""
     ragged = name == "ragged"
     first = our_steps(folder, steps, longest, False, out / "rlvr")
-    theirs, their_length = trl_steps(folder, steps, longest, ragged, out / "trl")
+    theirs, their_length = trl_steps(folder, steps, longest, ragged, False, out / "trl")
+    batched, _ = trl_steps(folder, min(steps, 3), longest, ragged, True, out / "batched")
     again = our_steps(folder, steps, longest, False, out / "again")
     length = statistics.mean(row["length"] for row in first)
     lines = [
@@ -191,6 +194,7 @@ def compare(name: str, folder: Path, steps: int, longest: int, out: Path) -> str
         "|---|---|---|",
         our_row("rltr.py, RLVR", first),
         table_row("TRL GRPOTrainer", theirs),
+        table_row("TRL GRPOTrainer, continuous batching", batched),
         our_row("rltr.py, RLVR again", again),
     ]
     if not ragged:
