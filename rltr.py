@@ -17,19 +17,19 @@ in the first third of the file. What they are made of stands below and may be sk
     7  A = (R - mean_group) / (std_group + eps)   against its own group         assign_advantages
     8  ascend 1/T sum min(rho A, clip(rho) A)     policy gradient (GRPO)        update
 
-x is a problem, g its right answer, pi the generator, M the receiver, |y| tokens without the stop
-token. R_fmt: y stopped by itself and has an answer. rho = pi / pi_sampling of a token, T the number
-of tokens that the sum runs over.
+x is a problem, g its right answer, pi the generator, M the receiver, |y| the number of y's tokens
+without its stop token. R_fmt: y stopped by itself and has an answer, in a box. rho = pi /
+pi_sampling of a token, T the number of tokens that the sum runs over.
 
-The paper's: steps 1-7 with K = 1, R = a R_ans + b R_trans + R_fmt (format with weight 1), GRPO, one
-frozen receiver, tau uniform with floor, binary rewards. We do not know its a, b, models, learning
-rate, group size and receiver decoding. Ours, each of them a flag or one function:
+From the paper: steps 1-7 with K = 1, R = a R_ans + b R_trans + R_fmt (format with weight 1), then
+GRPO; one frozen receiver, tau uniform with floor, binary rewards. We do not know its a, b, models,
+learning rate, group size and receiver decoding. Ours, each of them a flag or one function:
   1. a = b = 1, and c = 0.1 where the paper has 1; models, lr and sizes as in `Config`.
   2. The receiver samples at temperature 1. It may write as many tokens as the generator had left
      of --max-new-tokens, plus a margin of 64; a prefix that is too long for its context scores 0.
   3. The loss is one token mean over the rollouts of an optimizer step, clipped at 0.8 and 1.28,
-     with no KL penalty.
-     AdamW has betas (0.9, 0.99) and no weight decay; linear warm-up, then a constant lr.
+     with no KL penalty. AdamW has betas (0.9, 0.99) and no weight decay; linear warm-up, then a
+     constant lr.
   4. Groups whose rewards are all equal hold no information: they leave the update and T.
   5. `--cuts K` averages K independent cuts and continuations: a denser, dearer R_trans.
   6. The stop token is stripped before the cut: with it the receiver's turn would end at tau = 1.
@@ -61,6 +61,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -97,9 +98,7 @@ class Config:
     """All settings of a run, in one flat record."""
 
     model: str = option("", "generator: a folder or hub name; empty: the built-in tiny task")
-    receiver: str = option(
-        "Qwen2.5-1.5B-Instruct", "frozen receiver: folder, hub name, self (untrained)"
-    )
+    receiver: str = option("Qwen2.5-1.5B-Instruct", "frozen receiver: folder, hub name, or self")
     data: str = option("math", "gsm8k, math, math500, aime24, amc23, a hub id, or a local file")
     split: str = option("", "split of a hub data set; empty: its training split")
     limit: int = option(0, "use only the first N problems (0: all)", 0)
@@ -128,7 +127,7 @@ class Config:
     epochs: int = option(1, "passes over a batch; 1 with 1 minibatch is on-policy", 1, 1000)
     minibatches: int = option(1, "optimizer steps a pass", 1, 1000)
     # -- memory: none of these changes what is computed, but for rounding
-    token_budget: int = option(0, "padded tokens in a micro-batch (0: what fits the memory)", 0)
+    token_budget: int = option(0, "padded tokens in a micro-batch (0: at most 32768)", 0)
     max_rows: int = option(0, "rows in the KV cache at once (0: what fits the memory)", 0)
     gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory")
     offload: bool = option(False, "master weights and Adam's moments in host memory")
@@ -207,8 +206,7 @@ class Cut:
     prefix_length: int  # tokens of the generator
     prefix: str
     leaked: bool  # the prefix holds an answer already
-    continued: bool = False  # the receiver has had its turn
-    overflow: bool = False  # but the prefix did not fit its context
+    overflow: bool = False  # the prefix did not fit the receiver's context
     continuation: str = ""
     continuation_length: int = 0  # tokens of the receiver
     correct: bool = False
@@ -252,7 +250,7 @@ def train(config: Config, resume: bool = False) -> Path:
             config = dataclasses.replace(config, token_budget=budget)
 
         steps = range(run.start, config.steps)
-        bar = tqdm(steps, initial=run.start, total=config.steps, disable=None)  # None: in a log
+        bar = tqdm(steps, initial=run.start, total=config.steps, disable=None)  # None: off in a log
         for step in bar:
             clock = Clock()
             lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))  # linear warm-up
@@ -275,7 +273,7 @@ def train(config: Config, resume: bool = False) -> Path:
 
             metrics = {"step": step + 1, "lr": lr, **summarize(rollouts, config), **learned}
             metrics |= clock.metrics(rollouts)
-            run.log(metrics, rollouts[: config.group])  # of the rollouts a group, to read
+            run.log(metrics, rollouts[: config.group])  # one group, to read
             run.save_if_due(generator, optimizer, step + 1)
             report(bar, metrics, rollouts, config)
         return run.finish(generator)
@@ -308,7 +306,8 @@ def sample_rollouts(generator: LM, tasks: list, config: Config, step: int) -> li
 def score_answers(rollouts: list[Rollout], config: Config):
     """Step 2: R_ans = 1[answer(y) = g]. And R_fmt = 1[y stopped by itself and has an answer].
 
-    A reward of your own: compute rewards["name"] here, and add the field name_weight to Config."""
+    A reward of your own: compute rewards["name"] here, and add the field name_weight to Config.
+    (`config` is there for settings that it may have.)"""
     for rollout in rollouts:
         rollout.verdict = judge_answer(rollout.text, rollout.problem.answer)
         has_answer = rollout.verdict != "missing"
@@ -324,10 +323,9 @@ def cut_prefix(tokens: list[int], tau: float, stop_ids=()) -> list[int]:
     >>> cut_prefix([5, 6, 7, 8, 2], 1.0, stop_ids=(2,)), cut_prefix([5, 6, 7, 8], 1e-9)
     ([5, 6, 7, 8], [])
     """
-    length = len(tokens)
-    if length > 0 and tokens[-1] in stop_ids:
-        length -= 1
-    return tokens[: math.floor(tau * length)]
+    if tokens and tokens[-1] in stop_ids:
+        tokens = tokens[:-1]
+    return tokens[: math.floor(tau * len(tokens))]
 
 
 def draw_taus(count: int, config: Config, step: int) -> np.ndarray:
@@ -349,17 +347,14 @@ def cut_rollouts(rollouts: list[Rollout], generator: LM, taus):
 
 
 def continue_cuts(rollouts: list, generator: LM, receiver: LM, config: Config, key: tuple):
-    """Step 4: the frozen receiver goes on from every new cut, z ~ M(. | x, prefix).
+    """Step 4: the frozen receiver goes on from every cut, z ~ M(. | x, prefix).
 
-    `key` is that of its random numbers, beside the seed: a second receiver needs another."""
+    The seed and `key` select its random numbers."""
     waiting, prompts, budgets = [], [], []
     same_tokens = generator.tokenizer.get_vocab() == receiver.tokenizer.get_vocab()
     for rollout in rollouts:
         question = encode_prompt(receiver, rollout.problem.question, config.prompt)
         for cut in rollout.cuts:
-            if cut.continued:  # by another receiver, in a fork
-                continue
-            cut.continued = True
             # The receiver reads the question in its own form, then the prefix as if it had written
             # that. In the same vocabulary it gets the very tokens, else the text.
             prefix = rollout.tokens[: cut.prefix_length]
@@ -467,7 +462,8 @@ def update(generator: LM, optimizer: MasterAdamW, rollouts: list[Rollout], confi
     """Step 8: ascend the token mean of the objective over all groups that are not dead.
 
     One optimizer step, or `epochs` passes of `minibatches` steps, each with a T of its own. Returns
-    metrics: None where all groups were dead or a gradient was not finite (which makes no step)."""
+    metrics: None if all groups were dead, or if any step was skipped as its gradient was not
+    finite."""
     live = live_groups(rollouts, config.group)
     token_figures = []
     norms = []
@@ -500,10 +496,10 @@ def add_gradient(generator: LM, rollouts: list[Rollout], config: Config) -> list
     """Add the gradient of -1/T sum_tokens min(..) to the model's, micro-batch by micro-batch.
 
     T counts the completion tokens of all `rollouts`, stop tokens included, so the gradient does not
-    depend on the micro-batches. Returns what happened in each: objective, entropy and log rho of
-    its tokens, as a tensor [3, N]. The optimizer's step uses the gradient and clears it."""
+    depend on the micro-batches. Returns a tensor [3, N] for each of these: objective, entropy and
+    log rho of its tokens. The optimizer's step uses the gradient and clears it."""
     for module in generator.model.modules():
-        # No dropout, as when sampling; but gradient checkpointing only works in training mode.
+        # No dropout, as when sampling; but layers only checkpoint in training mode.
         module.training = getattr(module, "gradient_checkpointing", False)
     total_tokens = sum(len(rollout.tokens) for rollout in rollouts)
     token_figures = []
@@ -524,7 +520,7 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
     A tensor [2, N], the rollouts end to end. What runs out of memory first in training is the
     logits, [rows, time, vocabulary]: a gigabyte for two rows of 1,024 tokens. They never exist
     here: they are made for `chunk` tokens at a time (by default as many as make 2**27 logits),
-    reduced to one number a token, and made once more in the backward pass (checkpoint)."""
+    reduced to two numbers a token, and made once more in the backward pass (checkpoint)."""
     device = lm.model.device
     rows = [torch.tensor((rollout.prompt + rollout.tokens)[:-1]) for rollout in rollouts]
     # Padding on the right needs no mask, as causality hides it, and lengths say which tokens count,
@@ -540,9 +536,9 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
 
     chunk = chunk or max(1, 2**27 // lm.vocab_size)
     figures = []
-    for some_states, some_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
-        some = (lm, some_states, some_targets, temperature)
-        figures.append(checkpoint(token_logprobs, *some, use_reentrant=False))  # [2, chunk]
+    for part_states, part_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
+        part = (lm, part_states, part_targets, temperature)
+        figures.append(checkpoint(token_logprobs, *part, use_reentrant=False))  # [2, chunk]
     return torch.cat(figures, dim=1)
 
 
@@ -550,7 +546,7 @@ def token_logprobs(lm: LM, states: torch.Tensor, targets: torch.Tensor, temperat
     """Last hidden states [n, E], the tokens that followed [n] -> log-probs and entropies [2, n].
 
     The same temperature and the same vocabulary as in sampling: rows beyond the tokenizer's
-    (Qwen2.5 has 271 of them) do not count."""
+    (Qwen2.5-1.5B has 271 of them) do not count."""
     # [n, V], in one expression: with a name the logits would stay in memory beside it.
     logprobs = (head_logits(lm.model, states)[:, : lm.vocab_size] / temperature).log_softmax(-1)
     entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
@@ -789,7 +785,7 @@ class Sampler:
         self.tokens = torch.full_like(self.uniform, -1, dtype=torch.long)
         # State, for each slot.
         self.slot = torch.arange(capacity + 1, device=device)
-        self.row = torch.zeros_like(self.slot)  # that it works on
+        self.row = torch.zeros_like(self.slot)  # the row that the slot works on
         self.token = torch.zeros_like(self.slot)  # the newest one, not yet in the cache
         self.position = torch.zeros_like(self.slot)  # of that token
         self.count = torch.zeros_like(self.slot)  # tokens drawn
@@ -1061,7 +1057,7 @@ def extract_answer(text: str, fallback: bool = False) -> str | None:
     for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else ""):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
-            return rest[1 : brace.start()].strip()
+            return rest[1 : brace.start()].strip() or None
     for pattern in ENDS if fallback else ENDS[:1]:
         found = re.findall(pattern, text[-3 * MAX_CHARS :], re.M)
         if found:
@@ -1351,6 +1347,8 @@ def load_everything(config: Config, checkpoint: Path | None):
     problems = load_problems(config.data, config.split, config.limit)
     generator = load_lm(str(checkpoint or config.model), config.device)
     if config.gradient_checkpointing:
+        can = generator.model.supports_gradient_checkpointing
+        require(can, f"model {config.model}: has no --gradient-checkpointing")
         generator.model.gradient_checkpointing_enable()
     receiver = None
     if config.transfer_weight > 0:
@@ -1358,6 +1356,8 @@ def load_everything(config: Config, checkpoint: Path | None):
         receiver = load_lm(name, config.device)
         encode_problems(receiver, problems, config.prompt, 1)  # has it room for any of them?
     tasks = encode_problems(generator, problems, config.prompt, config.max_new_tokens)
+    if len(tasks) < len(problems):
+        print(f"{len(problems) - len(tasks)} of {len(problems)} problems left out: too long")
     if config.eval_data:  # what is wrong with it is found now rather than after training
         closing = load_problems(config.eval_data, prefer="test")
         fitting = encode_problems(generator, closing, config.prompt, 1)
@@ -1369,10 +1369,8 @@ def encode_problems(lm: LM, problems: list[Problem], prompt: str, new_tokens: in
     """(problem, prompt's token ids), without those that leave no room for so many new tokens."""
     tasks = [(problem, encode_prompt(lm, problem.question, prompt)) for problem in problems]
     fitting = [task for task in tasks if len(task[1]) + new_tokens <= lm.context]
-    room = f"context of {lm.context} tokens, no prompt with {new_tokens} more fits"
-    require(fitting, f"model {lm.model.name_or_path}: {room}; try --max-new-tokens")
-    if len(fitting) < len(tasks):
-        print(f"{len(tasks) - len(fitting)} of {len(tasks)} problems left out: too long")
+    room = f"context of {lm.context} tokens, no prompt with {new_tokens} new ones fits"
+    require(fitting, f"model {lm.model.name_or_path}: {room} (--max-new-tokens)")
     return fitting
 
 
@@ -1405,12 +1403,12 @@ def encode_prompt(lm: LM, question: str | list[dict], prompt: str = PROMPT) -> l
 
 
 def apply_template(tokenizer, messages: list[dict], **how) -> str:
-    how["enable_thinking"] = False
+    how |= {"tokenize": False, "enable_thinking": False}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        return tokenizer.apply_chat_template(messages, **how)
     except Exception as error:  # a template is a program, with errors of its own
-        model = tokenizer.name_or_path
-        raise UserError(f"model {model}: its chat template fails: {error}") from None
+        message = f"model {tokenizer.name_or_path}: its chat template fails: {error}"
+        raise UserError(message) from None
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -1456,8 +1454,6 @@ def load_lm(name: str, device: str = "cpu") -> LM:
         for weight in model.parameters():  # not the buffers: rotary frequencies need fp32
             weight.data = weight.data.bfloat16()
     model.to(device)
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)  # kernels, graphs and memory figures are of this one
     return lm
 
 
@@ -1527,7 +1523,9 @@ def check_model(lm: LM):
         plain = logits.float().log_softmax(-1).gather(1, ids[0, n:, None]).squeeze(1)
         ours = torch.stack([plain.new_tensor(c.logprobs), trained])
         served = ((ours - plain).abs() < 1e-3).all()
-    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
+    except (UserError, torch.OutOfMemoryError):  # which say what they are
+        raise
+    except Exception:  # of its code, when it is used in a way that it does not know
         served = False
     require(served, message)
 
@@ -1590,21 +1588,22 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
                 if kind == ".json":
                     return json.load(file)
                 return read_json_lines(file)
+        if not local:
+            use_cache_if_offline()  # it asks when it is imported
         import datasets  # slow to import, and not needed for the above
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say it ourselves
-        if kind == ".parquet":
+        if local:
             return list(datasets.Dataset.from_parquet(source))
-        use_cache_if_offline()
         splits = datasets.load_dataset(*SOURCES.get(source, (source, None)))
+        if not split:
+            split = prefer if prefer in splits or len(splits) > 1 else next(iter(splits))
+        require(split in splits, f"no split {split}; it has {', '.join(splits)}")
+        return list(splits[split])
     except ImportError:
         raise UserError(f"{source}: pip install datasets, or give a local .jsonl file") from None
     except Exception as error:  # each reader has failures of its own: say which
         raise UserError(f"{source}: cannot be read: {error}") from None
-    if not split:
-        split = prefer if prefer in splits or len(splits) > 1 else next(iter(splits))
-    require(split in splits, f"{source}: no split {split}; it has {', '.join(splits)}")
-    return list(splits[split])
 
 
 def read_json_lines(file) -> list:
@@ -1665,13 +1664,15 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        self.lock.release()
-        if not (self.folder / "config.json").exists():  # it never began: nothing is left behind
+        began = (self.folder / "config.json").exists()
+        if not began:  # nothing is left behind
             with contextlib.suppress(OSError):
                 (self.folder / ".lock").unlink()
                 self.folder.rmdir()
+        self.lock.release()
         if isinstance(error, OSError):
-            raise UserError(f"{self.folder}: {error}; then --resume goes on") from error
+            advice = "; then --resume goes on" if began else ""
+            raise UserError(f"{self.folder}: {error}{advice}") from error
 
     def begin(self, optimizer: MasterAdamW):
         """Write the settings; when resuming, forget all that came after the checkpoint."""
@@ -1683,14 +1684,15 @@ class Run:
                 advice = "damaged, or of another model; delete it to go on from an earlier one"
                 raise UserError(f"{self.checkpoint}: {advice} ({error})") from None
         write_file(self.folder / "config.json", json.dumps(vars(self.config), indent=1))
-        if self.tracker:
-            self.tracker.init(project="rltr", name=self.folder.name, config=vars(self.config))
+        self.track("init", project="rltr", name=self.folder.name, config=vars(self.config))
         for log in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            # A line begins with its step; one that was torn by a crash does not match.
-            steps = [re.match(r'\{"step": (\d+),.*\n', line) for line in lines]
-            kept = sum(bool(step) and int(step[1]) <= self.start for step in steps)
-            write_file(log, "".join(lines[:kept]))
+            text = log.read_text(errors="replace") if log.exists() else ""
+            kept = []
+            for line in text.splitlines(keepends=True):
+                step = re.match(r'\{"step": (\d+),.*\n', line)  # not a line that a crash has torn
+                if step and int(step[1]) <= self.start:
+                    kept.append(line)
+            write_file(log, "".join(kept))
         with contextlib.suppress(ValueError):  # only the main thread has a say
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.note_signal)
@@ -1699,6 +1701,8 @@ class Run:
         """Ctrl-C or SIGTERM: the step ends and is saved first. A second one stops at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nrltr: stops after this step; once more: at once\n")  # print may not
 
     def log(self, metrics: dict, rollouts: list[Rollout]):
         """A line of metrics, and rollouts to read."""
@@ -1706,9 +1710,17 @@ class Run:
         for name, lines in (("metrics.jsonl", [metrics]), ("rollouts.jsonl", rows)):
             with (self.folder / name).open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+        figures = {name: value for name, value in metrics.items() if name != "step"}
+        self.track("log", figures, step=metrics["step"])
+
+    def track(self, function: str, *arguments, **settings):
+        """Call a function of the tracker, if there is one. Its failures do not end a run."""
         if self.tracker:
-            figures = dict(metrics)
-            self.tracker.log(figures, step=figures.pop("step"))
+            try:
+                getattr(self.tracker, function)(*arguments, **settings)
+            except Exception as error:
+                print(f"--track {self.config.track}: {error}", file=sys.stderr)
+                self.tracker = None
 
     def save_if_due(self, generator: LM, optimizer: MasterAdamW, step: int):
         """A checkpoint every `save_every` steps, after the last one, and when asked to stop."""
@@ -1731,8 +1743,7 @@ class Run:
         final = self.folder / "final"
         with complete_folder(final) as folder:
             save_lm(generator, folder)
-        if self.tracker:
-            self.tracker.finish()
+        self.track("finish")
         self.stop_if_asked()
         return final
 
@@ -1775,7 +1786,7 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.seconds[phase] = now - self.last
         self.last = now
 
     def metrics(self, rollouts: list[Rollout]) -> dict:
@@ -1832,10 +1843,11 @@ def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
     shown = ("reward", "accuracy", "transfer", "length", "tokens_per_s_sample")
     figures = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
     bar.set_postfix(figures)
-    if bar.disable and metrics["step"] % 10 in (0, 1):  # stderr is no terminal: a plain line
+    step = metrics["step"]
+    if bar.disable and (step == 1 or step % 10 == 0):  # stderr is no terminal: a plain line
         figures = ", ".join(f"{name} {value}" for name, value in figures.items())
-        print(f"step {metrics['step']} of {config.steps}: {figures}", file=sys.stderr)
-    if config.show_every and metrics["step"] % config.show_every == 0:
+        print(f"step {step} of {config.steps}: {figures}", file=sys.stderr)
+    if config.show_every and step % config.show_every == 0:
         live = live_groups(rollouts, config.group)
         bar.write(show_group(live[0] if live else rollouts[: config.group]))
 
@@ -1936,7 +1948,7 @@ def warm_start(folder: Path, width: int, steps: int, flaws: float, seed: int):
 
 def make_tiny(seed: int) -> Path:
     """The folder of generator/, receiver/, train.jsonl and test.jsonl; made at the first call."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rltr"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rltr"
     cache.mkdir(parents=True, exist_ok=True)
     made = cache / f"tiny-v3-seed{seed}"
     with filelock.FileLock(f"{made}.lock"):  # of two first runs the second waits
@@ -1959,7 +1971,7 @@ def make_tiny(seed: int) -> Path:
 # `train`; all pass `resolve` before anything is loaded.
 
 # What may differ when a run is resumed, because it does not change its course.
-HARMLESS = "steps save_every keep show_every eval_data eval_k out track "
+HARMLESS = "steps save_every keep show_every eval_data eval_k track "
 HARMLESS += "token_budget max_rows gradient_checkpointing offload"
 
 
@@ -1986,7 +1998,7 @@ def resolve(config: Config) -> Config:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {config.device}: there is none ({error})") from None
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # kernels, graphs and memory figures are of this one
     named = {name: getattr(config, name) for name in ("model", "receiver", "data", "eval_data")}
     if any("{tiny}" in path for path in named.values()):
         tiny = str(make_tiny(config.seed))
@@ -2004,7 +2016,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
-    """The settings, and whether to resume. Flags go before TINY, TINY before defaults."""
+    """The settings, and whether to resume. Flags override TINY, TINY overrides defaults."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
@@ -2054,7 +2066,8 @@ class Output:
             self.stream.flush()
         except (OSError, ValueError):
             self.failed = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):  # isatty, encoding, ...
         return getattr(self.stream, name)
@@ -2078,11 +2091,11 @@ def main(argv: list[str] | None = None) -> int:
         show_results(train(config, resume).parent, config)
         return 0
     except KeyboardInterrupt:
-        print("\nrltr: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\nrltr: stopped", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         knobs = "--gradient-checkpointing, --offload, a smaller --token-budget or --max-rows"
-        message = f"out of memory; try {knobs}, and go on with --resume"
+        message = f"out of memory; try {knobs}; a run that has begun goes on with --resume"
     except (UserError, OSError, torch.AcceleratorError) as error:
         message = str(error)
     print("rltr: " + printable(" ".join(message.split())), file=sys.stderr)
@@ -2103,7 +2116,7 @@ def show_results(run: Path, config: Config):
     if not config.eval_data:
         print(f"to evaluate it: python eval.py --model {run}/final --data math500 --k 64")
     if config.transfer_weight > 0:
-        print("to compare: the same command with --transfer-weight 0, which is RLVR")
+        print("to compare: a run with --transfer-weight 0, which is RLVR")
 
 
 def run_script(name: str, *arguments):
@@ -2114,8 +2127,8 @@ def run_script(name: str, *arguments):
         with contextlib.suppress(OSError):  # no process could be started
             done = subprocess.run([sys.executable, script, *arguments]).returncode == 0
     if not done:
-        command = " ".join(str(argument) for argument in [name, *arguments])
-        print(f"{name} is not here, or has failed, so this was not done: python {command}")
+        command = shlex.join(map(str, ["python", script, *arguments]))
+        print(f"{name} is not here, or has failed, so this was not done: {command}")
 
 
 # ======================================================================================== with TRL

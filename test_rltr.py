@@ -1591,7 +1591,7 @@ def test_table_and_page_are_processes_and_their_failure_does_not_hide_the_succes
         assert f"{out}/final" in said
         assert "--transfer-weight 0" in said
         for command in (f"eval.py --run {out}", f"report.py {out} -o {out}/report.html"):
-            assert (f"not done: python {command}" in said.replace("benchmarks/", "")) == (code != 0)
+            assert (command in said) == (code != 0)
     assert run(task, tmp_path / "no-table", "--steps 1") == 0
     assert closing_tables.pop()[1] == here / "benchmarks/report.py"
     assert not closing_tables
@@ -2322,7 +2322,7 @@ def test_progress_in_a_file_is_a_plain_line_now_and_then(task, tmp_path, capfd):
     error = capfd.readouterr().err
     assert "\r" not in error
     lines = [line.split(":")[0] for line in error.splitlines() if line.startswith("step ")]
-    assert lines == ["step 1 of 12", "step 10 of 12", "step 11 of 12"]
+    assert lines == ["step 1 of 12", "step 10 of 12"]
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_said(task, tmp_path, monkeypatch):
@@ -2512,8 +2512,8 @@ def logged_run(steps=3, **settings):
             rollout.rewards = {"answer": float(verdict == "right"), "format": 1.0}
             if config.transfer_weight:
                 rollout.cuts = [
-                    rltr.Cut(0.25, 1, "2+2", False, True, continuation="=5", correct=False),
-                    rltr.Cut(0.5, 1, "2+2=", False, True, continuation="4", correct=True),
+                    rltr.Cut(0.25, 1, "2+2", False, continuation="=5", correct=False),
+                    rltr.Cut(0.5, 1, "2+2=", False, continuation="4", correct=True),
                 ]
                 rltr.score_transfer([rollout])
             group.append(rollout)
@@ -2729,7 +2729,7 @@ def test_runs_that_differ_only_in_seed_and_folders_share_a_curve():
         "RLTR, cuts = 1, b = 1, lr = 0.001": 1,
         "RLTR, cuts = 4, b = 1, lr = 2e-06": 1,
     }
-    assert set(report.ALIKE.split()) == set(rltr.HARMLESS.split()) - {"steps"} | {"seed"}
+    assert set(report.ALIKE.split()) == set(rltr.HARMLESS.split()) - {"steps"} | {"seed", "out"}
 
 
 def test_what_the_report_cannot_do_is_one_line(tmp_path, capfd):
@@ -3137,7 +3137,7 @@ def test_every_symbol(form, symbol):
         (r"\boxed{5", "5", "missing"),
         (r"\boxed{\int x}", "5", "unparsed"),
         (r"\boxed{" + "1+" * 300 + "1}", "5", "unparsed"),
-        (r"\boxed{}", "5", "unparsed"),
+        (r"\boxed{}", "5", "missing"),
         (r"\boxed{west}", "east", "wrong"),
     ],
 )

@@ -29,7 +29,7 @@ EVALUATIONS = {
     "Pass@": "Pass@k: one of k answers is right",
     "transfer@": "the receiver's right continuations",
 }
-# Settings by which no runs are told apart: the seed, and rltr.HARMLESS without the steps.
+# Settings by which no runs are told apart: seed, out, and rltr.HARMLESS without the steps.
 ALIKE = "seed save_every keep show_every eval_data eval_k out track "
 ALIKE += "token_budget max_rows gradient_checkpointing offload"
 
