@@ -30,7 +30,6 @@ import math
 import sys
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -244,6 +243,7 @@ def score_problem(record: dict, ks: list[int], fallback: bool) -> dict:
         figures[f"transfer@{tau}"] = rltr.mean(cut["correct"] for cut in cuts)
         figures[f"leak@{tau}"] = rltr.mean(cut["leaked"] for cut in cuts)
     figures = {name: float(value) for name, value in figures.items()}
+    require(all(map(math.isfinite, figures.values())), f"problem {record['problem']!r}: damaged")
     return {"problem": record["problem"], "answer": gold, "figures": figures}
 
 
@@ -280,7 +280,9 @@ def score(records: list[dict], k: int | None = None, fallback: bool = False) -> 
 
 
 def figure_table(rows: list[dict], names: list[str]) -> np.ndarray:
-    return np.array([[row["figures"][name] for name in names] for row in rows], float)  # [P, M]
+    table = np.array([[row["figures"][name] for name in names] for row in rows], float)  # [P, M]
+    require(np.isfinite(table).all(), "figures that are no finite numbers")
+    return table
 
 
 # ========================================================================================= tables
@@ -301,8 +303,8 @@ def report(result: dict) -> str:
 
 def compare(before: dict, after: dict, only: list[str] | None = None) -> str:
     """The differences of the figures that two results share, paired by problem."""
-    names = [name for name in only or before["figures"] if name in before["figures"]]
-    names = [name for name in names if name in after["figures"]]
+    shared = before["figures"].keys() & after["figures"].keys()
+    names = [name for name in only or before["figures"] if name in shared]
     tables = [figure_table(result["per_problem"], names) for result in (before, after)]
     asked = [[row["problem"] for row in result["per_problem"]] for result in (before, after)]
     require(asked[0] and asked[0] == asked[1], "--compare: results on different problems")
@@ -357,21 +359,25 @@ def expecting(message: str):
         raise UserError(f"{message} ({e!r})") from None
 
 
+def read_file(path: str | Path) -> bytes:
+    require(Path(path).is_file(), f"{path}: no such file")  # nor a device, which has no end
+    return Path(path).read_bytes()
+
+
 def read_records(path: str | Path) -> list[dict]:
     """One record a line: problem, answer, completions; `sample_chunk` adds what was drawn."""
     records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_file(path).splitlines(), 1):
         if line.strip():
             message = f"{path}: line {number} lacks problem, answer or completions, a list of texts"
             with expecting(message):
                 record = json.loads(line)
                 problem = record.get("problem", record.get("question"))
-                gold = record["answer"]
+                gold = rltr.read_cell(record, "answer", f"{path}: line {number}")
                 texts = record["completions"]
-            good = isinstance(gold, (str, int, float)) and isinstance(texts, list) and texts
+            good = isinstance(texts, list) and texts
             require(good and all(isinstance(text, str) for text in [problem, *texts]), message)
-            gold = extract_answer(str(gold)) or str(gold)
-            records.append(record | {"problem": problem, "answer": gold})
+            records.append(record | {"problem": problem, "answer": extract_answer(gold) or gold})
     require(records, f"{path}: holds no completions")
     return records
 
@@ -430,21 +436,17 @@ def parse_arguments(argv: list[str] | None) -> dict:
 
 
 def tell(message: str):
-    print("eval: " + rltr.printable(" ".join(message.split())), file=sys.stderr)
+    print("eval: " + rltr.one_line(message), file=sys.stderr)
 
 
 @rltr.safe_output()
 def main(argv: list[str] | None = None) -> int:
     try:
         given = parse_arguments(argv)
-        lock = contextlib.nullcontext()
-        if given.get("out"):
-            Path(given["out"]).mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(Path(given["out"], ".lock"), timeout=0)
-        with lock:
+        with rltr.claimed(Path(given["out"])) if given.get("out") else contextlib.nullcontext():
             if "compare" in given:
                 with expecting("--compare: these are not two result.json of eval.py"):
-                    print(compare(*[json.loads(Path(p).read_bytes()) for p in given["compare"]]))
+                    print(compare(*[json.loads(read_file(p)) for p in given["compare"]]))
             elif given.get("run"):
                 before_and_after(given)
             else:
@@ -466,8 +468,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted; with --out, the same command goes on")
         return 130
-    except filelock.Timeout as error:
-        tell(f"--out: another evaluation is writing there ({error.lock_file})")
     except torch.OutOfMemoryError:
         tell("out of memory: a smaller --max-rows helps")
     except (UserError, OSError, torch.AcceleratorError) as error:

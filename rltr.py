@@ -67,6 +67,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from operator import add, mul, sub, truediv
 from pathlib import Path
@@ -241,7 +242,7 @@ def grouped(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
 def train(config: Config, resume: bool = False) -> Path:
     """Run RLTR, or RLVR where transfer_weight is 0; returns the folder of the trained model."""
     config = resolve(config)
-    with Run(config, resume) as run:
+    with claimed(Path(config.out)), Run(config, resume) as run:
         generator, receiver, tasks = load_everything(config, run.checkpoint)
         optimizer = MasterAdamW(generator.model, config.lr, config.weight_decay, config.offload)
         run.begin(optimizer)
@@ -634,7 +635,8 @@ class MasterAdamW:
     def load_state_dict(self, state: dict):
         self.adam.load_state_dict(state["adam"])
         for master, moments in self.adam.state.items():
-            require(moments["exp_avg"].shape == master.shape, "the shapes differ")
+            for name in ("exp_avg", "exp_avg_sq"):
+                require(moments[name].shape == master.shape, "the shapes differ")
         for (_, master), saved in zip(self.copies, state["masters"], strict=True):
             master.copy_(saved)
 
@@ -1397,6 +1399,7 @@ def encode_prompt(lm: LM, question: str | list[dict], prompt: str = PROMPT) -> l
         kept = content.strip() in text
         require(kept, f"model {tokenizer.name_or_path}: its chat template changes {content!r}")
     ids = tokenizer.encode(text, add_special_tokens=False)
+    require(ids, f"model {tokenizer.name_or_path}: has no token for any part of {content!r}")
     bos = tokenizer.bos_token_id
     wants_bos = bos in tokenizer.encode("") and ids[:1] != [bos]  # and the template has none
     return [bos, *ids] if wants_bos else ids
@@ -1424,14 +1427,14 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 def load_lm(name: str, device: str = "cpu") -> LM:
     """A folder or hub model: bf16 on CUDA, else fp32; no remote code. UserError if unservable."""
-    require(name, "model: no name; Config(**TINY) is the built-in task")
+    require(name, "--model or --receiver: no name; Config(**TINY) is the built-in task")
     path = name
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         use_cache_if_offline()
         path = f"Qwen/{name}" if re.match("Qwen[^/]*$", name) else name
-    how = {"dtype": torch.float32, "output_loading_info": True}
+    how = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(path, **how)
     except Exception as error:  # unknown, unreachable, damaged, not a language model, ...
         raise UserError(f"model {name}: no such folder or hub model, or damaged: {error}") from None
@@ -1440,7 +1443,8 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     context = getattr(config, "max_position_embeddings", None)
     context = 2**30 if context is None else context
     require(context > 0, f"model {name}: its config allows {context} tokens")
-    lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), len(tokenizer), context)
+    vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), vocab_size, context)
     rows = model.get_input_embeddings().num_embeddings
     for what, weights in report.items():  # missing, unexpected, of another shape
         require(not weights, f"model {name}: its weights are not those of its config ({what})")
@@ -1472,7 +1476,8 @@ def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = configured if isinstance(configured, list) else [configured]
     stops = [stop for stop in [tokenizer.eos_token_id, *stops] if stop is not None]
-    require(all(type(stop) is int for stop in stops), f"eos_token_id: {configured!r} is no token")
+    known = all(type(stop) is int and 0 <= stop < 2**31 for stop in stops)
+    require(known, f"model {tokenizer.name_or_path}: eos_token_id {configured!r} is no token")
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "sentinel"}]
         written = apply_template(tokenizer, turn).rpartition("sentinel")[2]
@@ -1546,15 +1551,21 @@ def load_problems(source: str, split=None, limit=None, prefer: str = "train") ->
     Columns: question | problem | prompt, and answer | solution, of which GSM8K's `#### 18` or the
     last `\\boxed{}` is taken. split None: the one called `prefer`, or the only one there is; a
     local file is one split. Raises UserError naming the source and the row."""
+    require(source, "--data: no name")
     rows = read_rows(source, split, prefer)
-    good = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
-    require(good, f"{source}: holds no list of objects")
-    questions = [name for name in ("question", "problem", "prompt") if name in rows[0]]
-    answers = [name for name in ("answer", "solution") if name in rows[0]]
+    require(isinstance(rows, list), f"{source}: holds no list of objects")
+    rows = [(number, row) for number, row in enumerate(rows, 1) if row != {}]  # {}: an empty line
+    require(rows, f"{source}: holds no rows")
+    for number, row in rows:
+        good = isinstance(row, dict) and None not in row  # None: what is too much in a csv row
+        require(good, f"{source}: row {number} has not the form of the others")
+    columns = rows[0][1].keys()
+    questions = [name for name in ("question", "problem", "prompt") if name in columns]
+    answers = [name for name in ("answer", "solution") if name in columns]
     needs = f"{source}: needs a column question, problem or prompt, and one answer or solution"
-    require(questions and answers, f"{needs}; it has {', '.join(map(str, rows[0]))}")
+    require(questions and answers, f"{needs}; it has {', '.join(columns)}")
     problems = []
-    for number, row in enumerate(rows[: limit or None], 1):
+    for number, row in rows[: limit or None]:
         where = f"{source}: row {number}"
         question = read_cell(row, questions[0], where)
         text = read_cell(row, answers[0], where)
@@ -1584,7 +1595,7 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
         if kind in (".jsonl", ".json", ".csv"):
             with open(source, encoding="utf-8-sig", newline="") as file:
                 if kind == ".csv":
-                    return list(csv.DictReader(file))
+                    return list(csv.DictReader(file, strict=True))
                 if kind == ".json":
                     return json.load(file)
                 return read_json_lines(file)
@@ -1607,13 +1618,14 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
 
 
 def read_json_lines(file) -> list:
+    """A value a line; of an empty line {}, so that rows are numbered as in the file."""
     rows = []
     for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"row {number}: {error.msg} at {error.pos}") from None
+        try:
+            rows.append(json.loads(line if line.strip() else "{}"))
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)  # without the number of its only line
+            raise ValueError(f"row {number}: {reason}") from None
     return rows
 
 
@@ -1624,7 +1636,7 @@ def read_json_lines(file) -> list:
 
 
 class Run:
-    """The folder of a run; nobody else writes there while it is open."""
+    """The folder of a run."""
 
     def __init__(self, config: Config, resume: bool):
         self.config = config
@@ -1638,16 +1650,10 @@ class Run:
                 self.tracker = importlib.import_module(config.track)
             except ImportError:
                 raise UserError(f"--track: pip install {config.track}") from None
-        # A run that died before its first file leaves a lock, and perhaps half a file.
+        # A run that was killed before its first file leaves a lock, and perhaps half a file.
         used = [p for p in self.folder.glob("*") if p.name != ".lock" and p.suffix != ".partial"]
-        free = not used and (self.folder.is_dir() or not self.folder.exists())
-        require(resume or free, f"{self.folder}: exists; another --out, or --resume {self.folder}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        try:
-            self.lock.acquire()  # until this process ends, however it does
-        except filelock.Timeout:
-            raise UserError(f"{self.folder}: another run is writing there") from None
+        free = resume or not used
+        require(free, f"{self.folder}: exists; another --out, or --resume {self.folder}")
         self.checkpoint = self.saved()[-1] if self.saved() else None
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
         lost = not self.checkpoint and (self.folder / "final").exists()
@@ -1655,7 +1661,7 @@ class Run:
 
     def saved(self) -> list[Path]:
         """The checkpoints, the newest last."""
-        folders = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        folders = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdecimal()]
         return sorted(folders, key=lambda path: int(path.name[5:]))
 
     def __enter__(self):
@@ -1664,13 +1670,8 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        began = (self.folder / "config.json").exists()
-        if not began:  # nothing is left behind
-            with contextlib.suppress(OSError):
-                (self.folder / ".lock").unlink()
-                self.folder.rmdir()
-        self.lock.release()
         if isinstance(error, OSError):
+            began = (self.folder / "config.json").exists()
             advice = "; then --resume goes on" if began else ""
             raise UserError(f"{self.folder}: {error}{advice}") from error
 
@@ -1689,7 +1690,9 @@ class Run:
             text = log.read_text(errors="replace") if log.exists() else ""
             kept = []
             for line in text.splitlines(keepends=True):
-                step = re.match(r'\{"step": (\d+),.*\n', line)  # not a line that a crash has torn
+                step = re.match(
+                    r'\{"step": (\d{1,9}),.*\n', line
+                )  # not a line that a crash has torn
                 if step and int(step[1]) <= self.start:
                     kept.append(line)
             write_file(log, "".join(kept))
@@ -1749,6 +1752,26 @@ class Run:
 
 
 @contextlib.contextmanager
+def claimed(folder: Path):
+    """While one process has a folder, no other can; if it wrote nothing, nothing is left of it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()  # until this process ends, however it does
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is writing there") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # what is not empty stays
+            (folder / ".lock").unlink()
+            for path in made:
+                path.rmdir()
+        lock.release()
+
+
+@contextlib.contextmanager
 def complete_folder(folder: Path):
     """A folder to write to that appears complete or not at all: written beside, then renamed."""
     partial = folder.with_name(folder.name + ".partial")
@@ -1766,8 +1789,12 @@ def complete_folder(folder: Path):
 def write_file(path: Path, text: str):
     """A file that is there with all of its text or as it was before."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode())
-    partial.replace(path)
+    try:
+        partial.write_bytes(text.encode())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 # ======================================================================================= reporting
@@ -1948,9 +1975,12 @@ def warm_start(folder: Path, width: int, steps: int, flaws: float, seed: int):
 
 def make_tiny(seed: int) -> Path:
     """The folder of generator/, receiver/, train.jsonl and test.jsonl; made at the first call."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rltr"
-    cache.mkdir(parents=True, exist_ok=True)
-    made = cache / f"tiny-v3-seed{seed}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    require(not cache.startswith("~"), "no home folder; set XDG_CACHE_HOME")
+    made = Path(cache, f"rltr/tiny-v3-seed{seed}")
+    if made.exists():  # in a cache that may be read-only
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{made}.lock"):  # of two first runs the second waits
         if made.exists():
             return made
@@ -1984,6 +2014,10 @@ def check_settings(config: Config):
         kinds = (int, float) if isinstance(f.default, float) else (type(f.default),)
         require(type(value) in kinds, f"{flag}: must be of type {kinds[-1].__name__}")
         require(low is None or low <= value <= high, f"{flag}: must be from {low} to {high:g}")
+        damaged = isinstance(value, str) and re.search("[\0\ud800-\udfff]", value)
+        require(not damaged, f"{flag}: holds a character that is none")
+        if f.name.endswith("temperature"):
+            require(value == 0 or value >= 0.01, f"{flag}: must be 0 or at least 0.01")
     require("{question}" in config.prompt, "--prompt: {question} is missing in it")
     require(config.track in ("", "wandb", "trackio"), "--track: wandb or trackio")
     weights = [value for name, value in vars(config).items() if name.endswith("_weight")]
@@ -1993,6 +2027,8 @@ def check_settings(config: Config):
 def resolve(config: Config) -> Config:
     """Refuse what is wrong before anything is loaded; name the tiny files and the run."""
     check_settings(config)
+    known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", config.device)
+    require(known, f"--device {config.device!r}: must be like cpu, cuda, cuda:1 or mps")
     try:
         device = torch.zeros(1, device=config.device).device  # "cuda" is "cuda:0", say
     except (RuntimeError, AssertionError) as error:
@@ -2041,7 +2077,7 @@ def resumed_config(folder: Path, given: dict) -> Config:
     try:
         saved = json.loads((folder / "config.json").read_text())
         config = Config(**saved)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--resume {folder}: no run to resume there ({error})") from None
     differ = [f.name for f in dataclasses.fields(config) if f.name not in saved]  # a later field
     differ += [name for name in given if given[name] != saved.get(name)]
@@ -2077,9 +2113,11 @@ class Output:
 def safe_output():
     """For a `main`: stdout and stderr of the kind above, and no chatter of transformers."""
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     stdout = contextlib.redirect_stdout(Output(sys.stdout))
-    with stdout, contextlib.redirect_stderr(Output(sys.stderr)):
+    stderr = contextlib.redirect_stderr(Output(sys.stderr))
+    with stdout, stderr, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -2098,8 +2136,12 @@ def main(argv: list[str] | None = None) -> int:
         message = f"out of memory; try {knobs}; a run that has begun goes on with --resume"
     except (UserError, OSError, torch.AcceleratorError) as error:
         message = str(error)
-    print("rltr: " + printable(" ".join(message.split())), file=sys.stderr)
+    print("rltr: " + one_line(message), file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    return printable(" ".join(message.split()))[:2000]
 
 
 def show_results(run: Path, config: Config):
@@ -2125,7 +2167,9 @@ def run_script(name: str, *arguments):
     done = False
     if script.exists():
         with contextlib.suppress(OSError):  # no process could be started
-            done = subprocess.run([sys.executable, script, *arguments]).returncode == 0
+            # Ctrl-C is for us: it ends the script, too.
+            command = [sys.executable, script, *arguments]
+            done = subprocess.run(command, start_new_session=True).returncode == 0
     if not done:
         command = shlex.join(map(str, ["python", script, *arguments]))
         print(f"{name} is not here, or has failed, so this was not done: {command}")
@@ -2175,4 +2219,5 @@ class TransferReward:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # tidies up first
     sys.exit(main())

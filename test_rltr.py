@@ -17,6 +17,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import signal
 import subprocess
@@ -1407,7 +1408,6 @@ def whole(task, tmp_path_factory):
 
 def test_the_folder_of_a_run(task, whole):
     assert {str(file.relative_to(whole)) for file in (*whole.glob("*"), *whole.glob("c*/*"))} == {
-        ".lock",
         "config.json",
         "metrics.jsonl",
         "rollouts.jsonl",
@@ -1783,6 +1783,16 @@ BAD = {
     "a pipe": "--data {tmp}/pipe.jsonl",
     "a device": "--data {tmp}/device.jsonl",
     "long problems to evaluate": "--eval-data {tmp}/long.jsonl",
+    "out of new folders": "--out {tmp}/a/b/c --data {tmp}/no.jsonl",
+    "out an empty folder": "--out {tmp}/mine --data {tmp}/no.jsonl",
+    "a device without rows": "--device meta",
+    "a device of another machine": "--device cuda:99",
+    "nearly greedy": "--receiver-temperature 1e-40",
+    "a comma too many": "--data {tmp}/comma.csv",
+    "a quote too many": "--data {tmp}/quote.csv",
+    "a token beyond the embeddings": "--receiver {odd}/gap",
+    "a huge end of text": "--model {odd}/huge",
+    "a long name": "--model " + 300 * "x",
     "tracker": "--track abacus",
     "tracker that is not there": "--track trackio",
     "broken csv": "--data {tmp}/broken.csv",
@@ -1822,6 +1832,13 @@ def odd(task, tmp_path_factory):
     silent.eos_token = None
     save("endless", tiny(vocab_size=len(tokenizer)), silent)
     save("narrow", tiny(vocab_size=5, eos_token_id=1))
+    gap = json.loads(tokenizer.backend_tokenizer.to_str())
+    gap["model"]["vocab"]["+"] = 70
+    gap = tokenizers.Tokenizer.from_str(json.dumps(gap))
+    control = {"eos_token": "<eos>", "unk_token": "<unk>"}
+    save(
+        "gap", tiny(**small), transformers.PreTrainedTokenizerFast(tokenizer_object=gap, **control)
+    )
     tiny(**small).save_pretrained(folder / "mute")
     save("bloom", tiny("bloom", **small))
     for name in ("remote", "half", "config"):
@@ -1851,6 +1868,7 @@ def odd(task, tmp_path_factory):
     for name, change in {
         "word": {"eos_token_id": ["<eos>"]},
         "nothing": {"max_position_embeddings": 0},
+        "huge": {"eos_token_id": 2**70},
     }.items():
         save(name, tiny(**small))
         for file in ("config.json", "generation_config.json"):
@@ -1883,7 +1901,9 @@ def test_mistake_weights_that_are_not_those_of_the_config_are_loaded_or_made_up(
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, odd, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # "may I run its code?"
     (tmp_path / "used").mkdir()
+    (tmp_path / "mine").mkdir()
     for name, text in {
         "columns.jsonl": '{"question": "x"}',
         "empty.jsonl": "\n",
@@ -1899,6 +1919,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, odd, tmp_path, 
         "blank.jsonl": '{"question": "x", "answer": " "}',
         "list.jsonl": '{"question": "x", "answer": [1]}',
         "question.jsonl": '{"question": "", "answer": "1"}',
+        "comma.csv": "question,answer\n1 + 1?,2\nWhat is 1,000 + 1?,1001\n",
+        "quote.csv": 'question,answer\n1 + 1?,"2\n1 + 2?,3\n',
         "nan.jsonl": '{"question": "x", "answer": NaN}',
         "infinite.jsonl": '{"question": "x", "answer": -Infinity}',
         "true.jsonl": '{"question": "x", "answer": true}',
@@ -2222,11 +2244,9 @@ def test_folders_that_only_look_like_checkpoints_do_not_count(task, whole, tmp_p
 
 def test_two_runs_cannot_write_one_folder(task, tmp_path, capfd):
     assert run(task, tmp_path / "b", "--steps 1") == 0
-    config = Config(**json.loads((tmp_path / "b/config.json").read_text()))
-    holder = rltr.Run(config, resume=True)
-    assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--steps", "2"])) == 2
-    assert "another run" in capfd.readouterr().err
-    del holder
+    with rltr.claimed(tmp_path / "b"):
+        assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--steps", "2"])) == 2
+        assert "another process" in capfd.readouterr().err
     assert forked(lambda: rltr.main(["--resume", str(tmp_path / "b"), "--steps", "2"])) == 0
 
 
@@ -2257,6 +2277,44 @@ def test_two_runs_that_start_together_do_not_mix(out, task, tmp_path, capfd, mon
     assert len(folders) == codes.count(0)
     for folder in folders:
         assert [row["step"] for row in read(folder, "metrics")] == [1, 2]
+
+
+def test_sigterm_while_a_model_is_loaded_leaves_nothing_behind(task, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", stop)
+    monkeypatch.setattr(sys, "argv", ["rltr.py", *arguments(task, tmp_path / "a/b")])
+    code = forked(lambda: runpy.run_path(rltr.__file__, run_name="__main__"))
+    assert code == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_are_empty_or_no_text_are_named(task, tmp_path, capfd):
+    for flag, bad in (("data", ""), ("receiver", ""), ("prompt", "\udcff{question}")):
+        assert rltr.main([*arguments(task, tmp_path / "b"), f"--{flag}", bad]) == 2
+        assert f"--{flag}" in capfd.readouterr().err
+    with pytest.raises(UserError, match="--out"):
+        rltr.train(Config(model="x", out="a\0b"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_is_numbered_as_in_its_file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    good = '{"question": "1 + 1?", "answer": "2"}'
+    for bad in ("7", "null", '{"question": "", "answer": "2"}', '{"question": "x"}', 9999 * "["):
+        path.write_text(f"{good}\n\n{good}\n{bad}\n")
+        with pytest.raises(UserError, match="row 4"):
+            rltr.load_problems(str(path))
+    path.write_text(f"\n{good}\n")
+    assert rltr.load_problems(str(path)) == [Problem("1 + 1?", "2")]
+
+
+def test_a_cache_that_is_read_only_serves(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "rltr/tiny-v3-seed5").mkdir(parents=True)
+    monkeypatch.setattr(rltr.filelock, "FileLock", None)  # would be a file
+    assert rltr.make_tiny(5) == tmp_path / "rltr/tiny-v3-seed5"
 
 
 def test_a_run_that_died_at_once_leaves_a_folder_to_start_in(task, tmp_path):
@@ -2860,7 +2918,7 @@ def test_the_examples_of_the_reference_end_as_it_says(task, tmp_path, monkeypatc
     assert len(examples) >= 6
     scripts = {"rltr.py": rltr.main, "eval.py": evaluation.main, "report.py": report.main}
 
-    def process(command):  # without the seconds that it takes to import torch
+    def process(command, **_):  # without the seconds that it takes to import torch
         code = scripts[command[1].name](list(map(str, command[2:])))
         return subprocess.CompletedProcess(command, code)
 
@@ -3478,7 +3536,7 @@ def test_completions_of_other_problems_and_a_folder_in_use_are_refused(command, 
 
     lock = rltr.filelock.FileLock(out / ".lock")
     with lock:
-        assert "another evaluation is writing there" in refused()
+        assert "another process is writing there" in refused()
     data = rltr.Path(command[command.index("--data") + 1])
     rows = data.read_text()
     for changed in (rows.replace("Q3", "Q9"), rows.replace('"1"', '"2"'), rows[: rows.index("\n")]):
@@ -3637,12 +3695,18 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
             "[" * 9999,
             "\0\x1b[31m\n",
             '{"answer": "1"}',
+            '{"problem": "q", "answer": NaN, "completions": ["a"]}',
+            '{"problem": "q", "answer": " ", "completions": ["a"]}',
+            '{"problem": "q", "answer": true, "completions": ["a"]}',
+            drawn % '{"tokens": [NaN]}',
             *(drawn % text for text in ("[]", "5", '{"tokens": []}', '{"finished": ["x"]}')),
             *(drawn % f'{{"cuts": {cuts}}}' for cuts in ("5", "[5]", '[{"tau": []}]', '{"a": 1}')),
         ]
     ):
         bad.append(str(tmp_path / f"{i}.jsonl"))
         (tmp_path / f"{i}.jsonl").write_text(text)
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
     results = []
     for i, text in enumerate(
         [
@@ -3655,6 +3719,9 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
             '{"figures": {"a": 1}, "per_problem": [{"problem": "q", "figures": {"a": "x"}}]}',
             '{"figures": {"a": 1}, "per_problem": [{"problem": "q", "figures": {}}]}',
             '{"figures": {}, "per_problem": []}',
+            '{"figures": ["a"], "per_problem": [{"problem": "q", "figures": {"a": 1}}]}',
+            '{"figures": {"a": 1}, "per_problem": [{"problem": "q", "figures": {"a": NaN}}]}',
+            '{"figures": {"a": 1}, "per_problem": [{"problem": "q", "figures": {"a": null}}]}',
         ]
     ):
         results.append(str(tmp_path / f"result{i}.json"))
@@ -3674,6 +3741,10 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
         ["--samples", good, "--receiver", "self"],
         ["--samples", good, "--out", good],
         ["--samples", str(tmp_path)],
+        ["--samples", pipe],
+        ["--compare", pipe, pipe],
+        ["--samples", "missing", "--out", str(tmp_path / "new/folder")],
+        [*run, "--data", good, "--k", "0", "--out", str(tmp_path / "new/folder")],
         ["--compare", good, good],
         ["--compare", "no", good],
         *(["--compare", path, path] for path in results),
@@ -3689,3 +3760,4 @@ def test_bad_input_is_one_line(model, tmp_path, capsys):
         assert evaluation.main(argv) == 2, argv
         err = capsys.readouterr().err
         assert err.startswith("eval: ") and err.count("\n") == 1 and "\x1b" not in err, argv
+        assert not (tmp_path / "new").exists()

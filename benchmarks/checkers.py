@@ -21,6 +21,7 @@ import rltr
 
 
 def read_cases(path: Path) -> list[dict]:
+    rltr.require(path.is_file(), f"{path}: no such file")
     cases = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -54,12 +55,12 @@ def output(text: str) -> Path:
 
 def device(text: str) -> str:
     """For argparse: a device that this machine has."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like cpu, cuda or cuda:1")
     try:
-        kind = torch.zeros(1, device=text).device.type
+        torch.zeros(1, device=text)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: there is none ({error})") from None
-    if kind not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r}: cpu or cuda")
     return text
 
 
@@ -77,5 +78,5 @@ def command_line(name: str, main, argv: list[str] | None = None) -> int:
         message = f"out of memory: {error}"
     except (rltr.UserError, OSError) as error:
         message = str(error)
-    print(f"{name}: " + rltr.printable(" ".join(message.split())), file=sys.stderr)
+    print(f"{name}: " + rltr.one_line(message), file=sys.stderr)
     return 2

@@ -31,6 +31,7 @@ import common
 import rltr
 
 LR = 1e-5
+WORK = ("uniform", "ragged")
 
 
 def make_ragged(folder: Path):
@@ -208,22 +209,26 @@ def compare(name: str, folder: Path, steps: int, longest: int, out: Path) -> str
 def main(argv: list[str] | None = None):
     parser = common.parser(__doc__)
     parser.add_argument("--steps", type=common.whole(2), default=11, help="the first is left out")
-    steps = parser.parse_args(argv).steps
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
+    given = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
     import trl
 
-    tables, score_answers = [], rltr.score_answers
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        tables.append(compare("uniform", rltr.make_tiny(0), steps, 32, folder / "uniform"))
-        make_ragged(folder)
-        rltr.score_answers = score_lengths
-        tables.append(compare("ragged", folder, steps, 128, folder / "ragged"))
-        rltr.score_answers = score_answers
     print(
         f"\ntorch {torch.__version__}, transformers {transformers.__version__}, TRL "
-        f"{trl.__version__}, CPU, {torch.get_num_threads()} threads\n\n" + "\n".join(tables)
+        f"{trl.__version__}, CPU, {torch.get_num_threads()} threads\n"
     )
+    score_answers = rltr.score_answers
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if "uniform" in given.work:
+            tiny = rltr.make_tiny(0)
+            print(compare("uniform", tiny, given.steps, 32, folder / "uniform"), flush=True)
+        if "ragged" in given.work:
+            make_ragged(folder)
+            rltr.score_answers = score_lengths
+            print(compare("ragged", folder, given.steps, 128, folder / "ragged"))
+            rltr.score_answers = score_answers
 
 
 if __name__ == "__main__":
