@@ -1443,7 +1443,7 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     context = getattr(config, "max_position_embeddings", None)
     context = 2**30 if context is None else context
     require(context > 0, f"model {name}: its config allows {context} tokens")
-    vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     lm = LM(model, tokenizer, find_stop_ids(model, tokenizer), vocab_size, context)
     rows = model.get_input_embeddings().num_embeddings
     for what, weights in report.items():  # missing, unexpected, of another shape
@@ -1690,9 +1690,8 @@ class Run:
             text = log.read_text(errors="replace") if log.exists() else ""
             kept = []
             for line in text.splitlines(keepends=True):
-                step = re.match(
-                    r'\{"step": (\d{1,9}),.*\n', line
-                )  # not a line that a crash has torn
+                # A line begins with its step; one that a crash has torn does not match.
+                step = re.match(r'\{"step": (\d{1,9}),.*\n', line)
                 if step and int(step[1]) <= self.start:
                     kept.append(line)
             write_file(log, "".join(kept))
