@@ -1528,8 +1528,8 @@ def check_model(lm: LM):
         plain = logits.float().log_softmax(-1).gather(1, ids[0, n:, None]).squeeze(1)
         ours = torch.stack([plain.new_tensor(c.logprobs), trained])
         served = ((ours - plain).abs() < 1e-3).all()
-    except (UserError, torch.OutOfMemoryError):  # which say what they are
-        raise
+    except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # they say what they are
     except Exception:  # of its code, when it is used in a way that it does not know
         served = False
     require(served, message)

@@ -354,6 +354,19 @@ LONGROPE = {  # as in Phi-3 128k
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_failing_device_is_not_taken_for_a_model_that_is_not_served(error, monkeypatch):
+    def fail(*_, **__):
+        raise error("the device")
+
+    monkeypatch.setattr(rltr, "completion_logprobs", fail)
+    with pytest.raises(error, match="the device"):
+        rltr.check_model(lm_of(tiny()))
+    monkeypatch.setattr(rltr, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="not served"):
+        rltr.check_model(lm_of(tiny()))
+
+
 @pytest.mark.parametrize("kind, rope", [("phi3", LONGROPE), ("llama", DYNAMIC)])
 def test_positions_that_all_change_beyond_some_length_are_refused(kind, rope, tmp_path):
     changes = {"rope_parameters": rope | {"rope_theta": 1e4}}
