@@ -281,9 +281,7 @@ def score(records: list[dict], k: int | None = None, fallback: bool = False) -> 
 
 def figure_table(rows: list[dict], names: list[str]) -> np.ndarray:
     table = np.array([[row["figures"][name] for name in names] for row in rows], float)  # [P, M]
-    require(
-        np.isfinite(table).all(), "result.json or completions: figures that are no finite numbers"
-    )
+    require(np.isfinite(table).all(), "result.json: figures that are no finite numbers")
     return table
 
 
