@@ -1570,8 +1570,9 @@ def load_problems(source: str, split=None, limit=None, prefer: str = "train") ->
         question = read_cell(row, questions[0], where)
         text = read_cell(row, answers[0], where)
         answer = extract_answer(text)
-        if answer is None and answers[0] == "answer" and "####" not in text:
-            answer = text  # it is the bare answer
+        bare = answers[0] == "answer" and "####" not in text and "\\boxed{}" not in text
+        if answer is None and bare:
+            answer = text
         require(answer, f"{where} has no answer in its {answers[0]}")
         problems.append(Problem(question, answer))
     return problems
@@ -2026,7 +2027,7 @@ def check_settings(config: Config):
 def resolve(config: Config) -> Config:
     """Refuse what is wrong before anything is loaded; name the tiny files and the run."""
     check_settings(config)
-    known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", config.device)
+    known = re.fullmatch(r"cpu(:0)?|mps|cuda(:\d+)?", config.device)
     require(known, f"--device {config.device!r}: must be like cpu, cuda, cuda:1 or mps")
     try:
         device = torch.zeros(1, device=config.device).device  # "cuda" is "cuda:0", say

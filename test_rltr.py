@@ -1789,6 +1789,7 @@ BAD = {
     "no context": "--model {odd}/nothing",
     "not text": "--data {tmp}/binary.jsonl",
     "not a number": "--data {tmp}/nan.jsonl",
+    "an empty box": "--data {tmp}/empty-box.jsonl",
     "infinite answer": "--data {tmp}/infinite.jsonl",
     "true answer": "--data {tmp}/true.jsonl",
     "half a character": "--data {tmp}/half.jsonl",
@@ -1934,6 +1935,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, task, odd, tmp_path, 
         "question.jsonl": '{"question": "", "answer": "1"}',
         "comma.csv": "question,answer\n1 + 1?,2\nWhat is 1,000 + 1?,1001\n",
         "quote.csv": 'question,answer\n1 + 1?,"2\n1 + 2?,3\n',
+        "empty-box.jsonl": '{"question": "x", "answer": "$\\\\boxed{}$"}',
         "nan.jsonl": '{"question": "x", "answer": NaN}',
         "infinite.jsonl": '{"question": "x", "answer": -Infinity}',
         "true.jsonl": '{"question": "x", "answer": true}',
@@ -2495,6 +2497,12 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_an_earlier_one_is_used(
         (checkpoint / name).write_bytes(good[name])
     rltr.shutil.rmtree(checkpoint)  # the advice it gave
     resumes_to(whole, out)
+
+
+def test_devices_may_have_a_number(tmp_path):
+    for device in ("cpu", "cpu:0"):
+        config = Config(model="x", out=str(tmp_path / "b"), device=device)
+        assert rltr.resolve(config).device == device
 
 
 def test_every_setting_is_a_flag_with_help_and_the_examples_in_the_docstrings_are_true(capsys):
