@@ -2975,6 +2975,39 @@ def test_the_commands_of_the_readme_parse():
     assert {"rltr.py", "eval.py", "benchmarks/report.py", "benchmarks/gpu_check.py"} <= seen
 
 
+def test_the_tables_of_the_results_are_those_of_the_recorded_runs(tmp_path, capsys):
+    driver = benchmark("rltr_vs_rlvr")
+    page = (HERE / "benchmarks/RESULTS.md").read_text()
+    files = set(re.findall(r"rltr_vs_rlvr.py --read (\S+)", page))
+    assert len(files) >= 1
+    for file in files:
+        driver.main(["--read", str(HERE / file), "--csv", str(tmp_path / "again.csv")])
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(line.startswith("|") for line in lines) > 5
+        for line in lines:
+            assert line in page, (file, line)
+        assert driver.read_csv(tmp_path / "again.csv") == driver.read_csv(HERE / file)
+
+    runs = driver.read_csv(HERE / "benchmarks/rltr_vs_rlvr_one_cut.csv")
+    shown = {"accuracy": "accuracy", "Maj@64": "Maj@64", "Pass@64": "Pass@64"}
+    shown["transfer to a new receiver"] = "held-out transfer@0.5"
+    for title, figure in shown.items():
+        row = f"| {title} |"
+        for variant in ("rlvr", "rlvr_16", "rltr"):
+            values = driver.column(runs, variant, figure, range(100, 140))
+            row += f" {values.mean():.2f} ±{values.std(ddof=1):.2f} |"
+        assert row in (HERE / "README.md").read_text()
+
+
+def test_results_that_are_none_are_refused(tmp_path):
+    driver = benchmark("rltr_vs_rlvr")
+    recorded = (HERE / "benchmarks/rltr_vs_rlvr_one_cut.csv").read_text()
+    for text in ("", "a,b\n1,2\n", recorded.splitlines()[0], recorded.replace("0.67", "x", 1)):
+        (tmp_path / "some.csv").write_text(text)
+        with pytest.raises(UserError):
+            driver.main(["--read", str(tmp_path / "some.csv")])
+
+
 # ------------------------------------------------------------------------------------------ answers
 
 EQUAL = r"""

@@ -3,6 +3,7 @@
     python benchmarks/rltr_vs_rlvr.py --seeds 100-139 --only before rltr rlvr rlvr_16
     python benchmarks/rltr_vs_rlvr.py --seeds 100-111 --only before rltr rlvr rlvr_16 --task mod7
     python benchmarks/rltr_vs_rlvr.py --tables --csv results.csv --figure curves.svg
+    python benchmarks/rltr_vs_rlvr.py --read results.csv        # the same tables, from that file
 
 Each seed has a warm start, problems, a receiver and a *held-out* receiver of its own; training
 never sees the latter. What is done already is not repeated, and several processes may share the
@@ -51,6 +52,7 @@ VARIANTS = {  # name -> flags, beside those of the built-in task; {weak} is a re
 MAIN = ("rltr", "rlvr", "rlvr_16")
 TRANSFER = [f"transfer@{tau}" for tau in (0.3, 0.5, 0.7)]
 FIGURES = ["accuracy", "Maj@64", "Pass@64", *TRANSFER, *(f"held-out {name}" for name in TRANSFER)]
+COSTS = ["seconds", "sampled", "continued", "learnt"]  # of a whole run, see `cost`
 GOAL = 0.8  # training accuracy, for the survival curve
 
 
@@ -199,8 +201,43 @@ def read_results(out: Path, seeds: range) -> dict:
                 except (ValueError, KeyError, TypeError):
                     whole = False
                 rltr.require(whole, f"{file}: damaged; delete it")
+                if "training" in report:
+                    report["steps_until_goal"] = steps_until_goal(report["training"])
                 results.setdefault(variant, {})[seed] = report
     rltr.require(results, f"{out}: no results there")
+    return results
+
+
+def write_csv(results: dict, path: Path):
+    """A run a line. `training` is the accuracy of each step, for the figure."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seed", *COSTS, "steps_until_goal", *FIGURES, "training"])
+        for variant, runs in results.items():
+            for seed, report in runs.items():
+                row = [round(report[name]) if name in report else "" for name in COSTS]
+                row.append(report.get("steps_until_goal", ""))
+                row += [round(report["figures"][name], 4) for name in FIGURES]
+                row.append(" ".join(f"{value:.3f}" for value in report.get("training", [])))
+                writer.writerow([variant, seed, *row])
+
+
+def read_csv(path: Path) -> dict:
+    """What `write_csv` has written, as `read_results` gives it."""
+    results = {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                report = {"figures": {name: float(row[name]) for name in FIGURES}}
+                if row["seconds"]:  # of a run, and not of the start
+                    for name in (*COSTS, "steps_until_goal"):
+                        report[name] = float(row[name])
+                if row.get("training"):
+                    report["training"] = [float(value) for value in row["training"].split()]
+                results.setdefault(row["variant"], {})[int(row["seed"])] = report
+    except (KeyError, TypeError, ValueError) as error:
+        raise rltr.UserError(f"{path}: not what --csv has written ({error!r})") from None
+    rltr.require(results, f"{path}: holds no results")
     return results
 
 
@@ -210,9 +247,9 @@ def smooth(values: list[float], width: int = 10) -> np.ndarray:
     return np.array([np.mean(values[max(0, end - width) : end]) for end in ends])
 
 
-def steps_until_goal(report: dict) -> float:
+def steps_until_goal(training: list[float]) -> float:
     """Until the training accuracy, as a mean of ten steps, is GOAL; infinity: never."""
-    hits = np.flatnonzero(smooth(report["training"])[9:] >= GOAL)
+    hits = np.flatnonzero(smooth(training)[9:] >= GOAL)
     return hits[0] + 10 if len(hits) else np.inf
 
 
@@ -271,7 +308,7 @@ def cost_table(results: dict, seeds: list[int]) -> list[str]:
         cells = [f"{np.mean([report['seconds'] for report in reports]):.0f}"]
         for name in ("sampled", "continued", "learnt"):
             cells.append(f"{np.mean([report[name] for report in reports]) / 1000:.0f}")
-        steps = np.array([steps_until_goal(report) for report in reports])
+        steps = np.array([report["steps_until_goal"] for report in reports])
         reached = steps[np.isfinite(steps)]
         cells.append(f"{len(reached)} of {len(steps)}")
         if len(reached):
@@ -319,7 +356,7 @@ def figure(results: dict, seeds: list[int], path: Path):
         low, high = np.percentile(curves, [10, 90], axis=0)
         left.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         left.plot(steps, curves.mean(axis=0), color=colour, linewidth=2, label=label)
-        reached = np.array([steps_until_goal(results[variant][seed]) for seed in seeds])
+        reached = np.array([results[variant][seed]["steps_until_goal"] for seed in seeds])
         share = [(reached <= step).mean() for step in steps]
         right.step(steps, share, color=colour, linewidth=2, where="post")
     left.set(xlabel="step", ylabel="training accuracy (mean of ten steps)", ylim=(0.4, 1.0))
@@ -334,19 +371,6 @@ def figure(results: dict, seeds: list[int], path: Path):
         raise rltr.UserError(f"--figure {path}: {error}") from None
 
 
-def write_csv(results: dict, path: Path):
-    costs = ["seconds", "sampled", "continued", "learnt"]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "seed", *costs, "steps_until_goal", *FIGURES])
-        for variant, runs in results.items():
-            for seed, report in runs.items():
-                row = [round(report[name]) if name in report else "" for name in costs]
-                row.append(steps_until_goal(report) if "training" in report else "")
-                row += [round(report["figures"][name], 4) for name in FIGURES]
-                writer.writerow([variant, seed, *row])
-
-
 # =================================================================================== command line
 
 
@@ -359,11 +383,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--steps", type=common.whole(1), default=150)
     parser.add_argument("--out", type=Path, help="default: runs/rltr-vs-rlvr-TASK")
     parser.add_argument("--tables", action="store_true", help="of what is there; run nothing")
+    parser.add_argument("--read", type=Path, help="tables of what --csv wrote; run nothing")
     parser.add_argument("--csv", type=common.output, help="write all results here")
     parser.add_argument("--figure", type=common.output, help="draw curves here (with matplotlib)")
     given = parser.parse_args(argv)
     out = given.out or Path(f"runs/rltr-vs-rlvr-{given.task}")
-    if not given.tables:
+    if not (given.tables or given.read):
         out.mkdir(parents=True, exist_ok=True)
         if given.task == "mod7":
             os.environ["XDG_CACHE_HOME"] = str(out.absolute() / "cache")
@@ -377,16 +402,19 @@ def main(argv: list[str] | None = None):
                     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
                         run(variant, seed, out, given.steps)  # its progress bars go nowhere
 
-    results = read_results(out, given.seeds)
+    results = read_csv(given.read) if given.read else read_results(out, given.seeds)
     if given.csv:
         write_csv(results, given.csv)
     complete = [set(results.get(variant, {})) for variant in ("before", *MAIN)]
     seeds = sorted(set.intersection(*complete))
     if seeds:
         print("\n".join(["", *main_table(results, seeds), "", *cost_table(results, seeds)]))
-    print("\n".join(["", *ablation_table(results)]))
+    if set(results) - {"before", *MAIN}:
+        print("\n".join(["", *ablation_table(results)]))
     if given.figure:
-        rltr.require(seeds, f"{out}: no seed has all of {', '.join(MAIN)}")
+        rltr.require(seeds, f"no seed has all of {', '.join(MAIN)}")
+        drawable = all("training" in results[variant][seed] for variant in MAIN for seed in seeds)
+        rltr.require(drawable, f"{given.read}: has no curves")
         figure(results, seeds, given.figure)
 
 
