@@ -1026,7 +1026,8 @@ MAX_ITEMS = 30  # of a list
 MP = mpmath.mp.clone()
 MP.dps = 120
 MAX_BITS = 332  # before or behind the point: numbers lie between 10^-100 and 10^100
-ENDS = (  # of a completion without a box: GSM8K's last line, then the fallbacks
+ENDS = (  # of a text without \boxed{}: MATH's rare \boxed 2$, GSM8K's last line, fallbacks
+    r"\\boxed +([^\s{}$][^{}$]*)\$",
     r"^####[ \t]*([-+$]*[\d.,]*\d)[.%]?[ \t]*$",
     r"(?:[Aa]nswer(?: is|:)+|^A:) *(\$[^$\n]+\$|\\\(.+?\\\)|-?\$?\d[\d,]*(?:\.\d+)?|\w+(?=\.?$))",
     r"\$[^$\n]+\$|(?<![\w).])-?\d[\d,]*(?:\.\d+)?",
@@ -1060,7 +1061,7 @@ def extract_answer(text: str, fallback: bool = False) -> str | None:
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
             return rest[1 : brace.start()].strip() or None
-    for pattern in ENDS if fallback else ENDS[:1]:
+    for pattern in ENDS if fallback else ENDS[:2]:
         found = re.findall(pattern, text[-3 * MAX_CHARS :], re.M)
         if found:
             return found[-1]
@@ -1277,7 +1278,7 @@ SYMBOLS = r"""
 \lt <  \gt >  \ne ≠  \neq ≠  != ≠  \approx ≈  \in ∈  \cup ∪  \infty ∞  \pi π  pi π  \sqrt √  sqrt √
 \{ ⦃  \} ⦄  \% %  pct %  percent %  degrees °  ² ^2  \dfrac \frac  \tfrac \frac  \cfrac \frac
 and ,  or ∪  per /  \emptyset ∅  \varnothing ∅  & ,  \\ ),(  \setminus ∖  sin \sin  cos \cos
-tan \tan  ln \ln  log \log
+tan \tan  ln \ln  log \log  \vert |  \lvert |  \rvert |
 """
 SYMBOL = dict(pair.split() for pair in re.split("  |\n", SYMBOLS.strip()))
 # One rewrite a line: what is found, what it becomes, an example. Words in capitals are in PARTS.
@@ -1286,16 +1287,16 @@ TABLE = r"""
 \\(?:left|right|[bB]igg?[lrm]?)(?![a-z])(?:\.(?!\d))?|\\!  ""  \left(5 -> (5
 \\(?:(?:display|text)style|limits|math(?:bf|it)|boldsymbol|vec)(?![a-z])  ""  \mathbf{x} -> x
 \\mathbb ?(?:\{R\}|R)|^[Aa]ll real numbers$  (-∞,∞)  x \in \mathbb{R} -> x∈(-∞,∞)
-(?<!\\)\$([^$]*)(?<!\\)\$|(?<!\\)\\[()\[\]]  " \1 "  $5$ -> 5
-[\[(]?\\begin ?\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?  ⟦(  \begin{bmatrix}5\end{bmatrix} -> ⟦(5)⟧
-(?:\),\( ?)?\\end ?\{(?:[pb]matrix|array)\} ?[\])]?  )⟧  \begin{pmatrix}1&2\end{pmatrix} -> ⟦(1,2)⟧
-\\[,;:> ]|\\q?quad(?![a-z])|[~\s]+  " "  5\,x -> 5 x
+(?<!\\)\$((?:[^$]|(?<=\\)\$)*)(?<!\\)\$|(?<!\\)\\[()\[\]]  " \1 "  $5$ -> 5
+[\[(]?\\begin ?\{(?:[pb]?matrix|array)\}(?:\{[lcr|]*\})?  ⟦(  \begin{bmatrix}5\end{bmatrix} -> ⟦(5)⟧
+(?:\),\( ?)?\\end ?\{(?:[pb]?matrix|array)\} ?[\])]?  )⟧  \begin{pmatrix}1&2\end{pmatrix} -> ⟦(1,2)⟧
+(?:\\[,;:> ]|\\q?quad(?![a-z])|[~\s])+  " "  5 \, x -> 5 x
 \^ ?\{? ?(?:\\circ(?![a-z])|°) ?\}?  °  45^\circ -> 45@°
-(?<![\w.)}])\\?\$ ?(\d[\d,.]*|\.\d+)  "\1 dollars"  \$18 -> 18@dollars
+(?<![\w.)}])\\?\$ ?(\d(?:[\d,.]*\d)?|\.\d+)  "\1 dollars"  \$18 -> 18@dollars
 (?<=\d) ?\^?\{? ?(?:\\(?:text|mathrm)\{)?(?:st|nd|rd|th)\b[ }]*  " "  12^{th} grade -> 12@grade
 START(NUMBER) ?\\(?:text|mathrm|mbox) ?\{ ?(UNIT)[. ]*\}(POWER) ?STOP  \1@\2\3  5\text{ m} -> 5@m
 \\(?:text[a-z]*|mathrm|[mh]box|operatorname)\*? ?\{([^{}]*)\}  " \1 "  \text{east} -> east
-START(NUMBER)(?: |(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 hours -> 15@hours
+START(NUMBER)(?: +|(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 hours -> 15@hours
 ^ *\(?([A-J])[.)] +(?![-+*/=<>^_!,|(])(?!.*\b[A-J]\b).*  \1  (C) 18 -> C
 (?<=\d) *([ap])\.?m\b\.?  \1m  3:15 p.m. -> 3:15pm
 (?<=\d) ?x ?(?=10 ?\^)  *  3 x 10^4 -> 3*10^4
@@ -1320,15 +1321,15 @@ START(VALUE)≤(VAR)(?=[<≤]VALUE)  \2∈[\1,  1≤x<5 -> x∈[1,5)
 PARTS = {
     "GROUP": r"(?:(?:,|\{,\}|\\,|,\\! ?)(\d{3}))",
     "START": r"(?<![^,;∪])",  # of an item of a list
-    "STOP": r"(?![^,;∪])",
+    "STOP": r"(?=\.? *(?:[,;∪]|$))",
     "NUMBER": r"(?:VAR=)?(?:\\frac|[^A-Za-z\\,;∪@])*[\d)}π]",
     "VAR": r"[A-Za-z](?:_\w|\([a-z]\))?",
     "VALUE": "[^<≤>≥=,;∪]+",
-    "UNIT": "ONE(?:(?: ?/ ?| )ONE)*",
-    "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inches|ft|feet|foot|yd|yard|mile|meter|g|gram|kg|lb|"
-    r"pound|oz|L|liter|mL|gallon|s|sec|second|min|minute|h|hr|hour|day|week|month|year|dollar|cent|%|"
-    r"°|rad|unit|J|N|W|V|A|K|eV|meV|MeV|erg|people|student|children|book|page|coin|apple|point|piece|"
-    r"ounce|way|time|grade|square|sq|cubic)s?(?![A-Za-z])POWER",
+    "UNIT": "ONE(?:(?: */ *| +)ONE)*",
+    "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inches|ft|feet|foot|yd|yard|mile|(?:centi|kilo)?meter|g|"
+    r"gram|kg|lb|pound|oz|L|liter|mL|gallon|s|sec|second|min|minute|h|hr|hour|day|week|month|year|"
+    r"dollar|cent|%|°|rad|unit|J|N|W|V|A|K|eV|meV|MeV|erg|people|student|children|book|page|coin|"
+    r"apple|point|piece|ounce|way|time|grade|square|sq|cubic)s?(?![A-Za-z])POWER",
     "POWER": r"(?: ?\^\{?-?[1-9]\}?)?",
 }
 REWRITES = []

@@ -3011,6 +3011,10 @@ def test_results_that_are_none_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------ answers
 
 EQUAL = r"""
+18 \, \text{cm}^2 == 18 | 90^\circ. == 90^\circ | \$18.90. == 18.9 | $\$36$ == 36 |
+\$18 \text{ per day} == 18 | 3 \, \text{m}, 4 \, \text{m} == 4,3 | 15\text{ inches} . == 15 |
+\lvert x-3 \rvert == |3-x| | 5 \text{ centimeters} == 5 |
+\left[\begin{matrix}1&2\end{matrix}\right] == \begin{pmatrix}1&2\end{pmatrix} |
 \mathbb{R} \setminus \{4\} == (-\infty,4)\cup(4,\infty) | 3 x 10^4 == 30000 |
 \frac17 \approx 0.143 == 1/7 |
 {5} == 5 | {\{4,5\}} == \{4,5\} | 5! == 120 | \frac{10!}{2} == 1814400 |
@@ -3266,6 +3270,7 @@ def test_judge_answer(text, gold, verdict):
         (r"\boxed{\boxed{3}}", "3"),
         (r"\fbox{4}", "4"),
         ("\\boxed\n {5}", "5"),
+        (r"so $x = \boxed 25$.", "25"),
         ("#### -3", "-3"),
         (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
         ("a\n#### 1,250\n", "1,250"),
@@ -3276,6 +3281,8 @@ def test_judge_answer(text, gold, verdict):
         ("", None),
         ("The answer is 8.", None),
         (r"\boxed}8{", None),
+        (r"$\boxed 8", None),
+        (r"\boxed $8$", None),
         ("\\boxed" + "{" * 10**6, None),
     ],
 )
