@@ -345,6 +345,7 @@ def figure(results: dict, seeds: list[int], path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    bottom = 0.4
     panel, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for variant, label, colour in (
         ("rltr", "RLTR, 8 samples", "#0072b2"),
@@ -353,13 +354,14 @@ def figure(results: dict, seeds: list[int], path: Path):
     ):
         curves = np.array([smooth(results[variant][seed]["training"]) for seed in seeds])
         steps = np.arange(1, curves.shape[1] + 1)
+        bottom = min(bottom, np.floor(10 * curves.mean(axis=0).min()) / 10)
         low, high = np.percentile(curves, [10, 90], axis=0)
         left.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         left.plot(steps, curves.mean(axis=0), color=colour, linewidth=2, label=label)
         reached = np.array([results[variant][seed]["steps_until_goal"] for seed in seeds])
         share = [(reached <= step).mean() for step in steps]
         right.step(steps, share, color=colour, linewidth=2, where="post")
-    left.set(xlabel="step", ylabel="training accuracy (mean of ten steps)", ylim=(0.4, 1.0))
+    left.set(xlabel="step", ylabel="training accuracy (mean of ten steps)", ylim=(bottom, 1.0))
     right.set(xlabel="step", ylabel=f"share of seeds that have reached {GOAL}", ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
