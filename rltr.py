@@ -1160,7 +1160,7 @@ def same_quantities(a: str, b: str) -> bool:
     """5@cm, a number with a known unit, is 5 or 5@cm, but not 5@km."""
     value, _, unit = a.partition("@")
     other, _, other_unit = b.partition("@")
-    units = {unit.removesuffix("s"), other_unit.removesuffix("s")} - {""}
+    units = {PLURAL.sub("", unit), PLURAL.sub("", other_unit)} - {""}
     return len(units) < 2 and same_values(value, other)
 
 
@@ -1243,14 +1243,16 @@ def parse_atom(tokens: list[str], point: int) -> MP.mpf | MP.mpc:
     return value_of_name(token, point) if NAME.fullmatch(token) else MP.mpf(token)
 
 
+PLURAL = re.compile(r"(?<=\w\w)s\b")  # but s is a second, and ms a thousandth of one
 OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}
 LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 5}
 RIGHT_LEVELS = {"+": 1, "-": 1, "*": 3, "/": 3, "^": 4}  # 1/2x is (1/2)x, 2^3^2 is 2^(3^2)
 FUNCTIONS = {r"\sin": MP.sin, r"\cos": MP.cos, r"\tan": MP.tan, r"\cot": MP.cot, r"\sec": MP.sec}
 FUNCTIONS |= {r"\csc": MP.csc, r"\ln": MP.ln, r"\log": MP.log10, r"\arctan": MP.atan}
+FUNCTIONS |= {r"\arcsin": MP.asin, r"\arccos": MP.acos, r"\exp": MP.exp}
 CONSTANTS = {"π": +MP.pi, "e": MP.exp(1), "i": MP.mpc(0, 1), "°": MP.pi / 180}
 CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
-ENDS_ARGUMENT = re.compile(r"\\(sin|cos|tan|cot|sec|csc|ln|log|arctan)|[({\[|]")
+ENDS_ARGUMENT = re.compile(r"\\(sin|cos|tan|cot|sec|csc|ln|log|exp|arc(?:sin|cos|tan))|[({\[|]")
 # A name is a letter, a word, capitals (AB is a segment) or a number in another base, with an index.
 GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega"
 LETTER = rf"(?<![\d)}}])[A-Za-z]{{3,}}|[A-Z]{{2,}}|[A-Za-z∞]|\\(?:{GREEK})(?![a-z])|\d+(?=_)"
@@ -1260,7 +1262,7 @@ TOKEN = re.compile(rf"\s*({NAME.pattern}|\d+\.?\d*|\.\d+|√\[\d\]|\\[a-z]+(?:\^
 FACTOR = re.compile(r"(?![A-Za-z]{3})[A-Za-z∞({√π°\\]")
 # x=5, f(2)=5, A:B=5 ... are the answer 5, but x=y is not y.
 NAMED = re.compile(
-    rf"^(?:{NAME.pattern}|[A-Zf-h]'*\([\w.,]*\)|\([a-z](?:,[a-z])+\)|[A-Z]+:[A-Z]+"
+    rf"^(?:{NAME.pattern}|[A-Zf-hpq]'*(?:\^\{{-1\}})?\([-\w.,]*\)|\([a-z](?:,[a-z])+\)|[A-Z]+:[A-Z]+"
     r"|\\frac\{(?:d[a-z]|[A-Z]+)\}\{(?:d[a-z]|[A-Z]+)\})[=≈∈](?![A-Za-z]$)(?=[^=≈∈]+$)"
 )
 
@@ -1278,14 +1280,14 @@ SYMBOLS = r"""
 \lt <  \gt >  \ne ≠  \neq ≠  != ≠  \approx ≈  \in ∈  \cup ∪  \infty ∞  \pi π  pi π  \sqrt √  sqrt √
 \{ ⦃  \} ⦄  \% %  pct %  percent %  degrees °  ² ^2  \dfrac \frac  \tfrac \frac  \cfrac \frac
 and ,  or ∪  per /  \emptyset ∅  \varnothing ∅  & ,  \\ ),(  \setminus ∖  sin \sin  cos \cos
-tan \tan  ln \ln  log \log  \vert |  \lvert |  \rvert |
+tan \tan  ln \ln  log \log  \leqslant ≤  \geqslant ≥  \degree °  \vert |  \lvert |  \rvert |
 """
 SYMBOL = dict(pair.split() for pair in re.split("  |\n", SYMBOLS.strip()))
 # One rewrite a line: what is found, what it becomes, an example. Words in capitals are in PARTS.
 TABLE = r"""
 (?<![\d.,}])([1-9]\d{0,2})GROUPGROUP?GROUP?(?![\d,]|[^(\[⦃]*[)\]⦄])  \1\2\3\4  1,234,567 -> 1234567
 \\(?:left|right|[bB]igg?[lrm]?)(?![a-z])(?:\.(?!\d))?|\\!  ""  \left(5 -> (5
-\\(?:(?:display|text)style|limits|math(?:bf|it)|boldsymbol|vec)(?![a-z])  ""  \mathbf{x} -> x
+\\(?:(?:display|text)style|limits|angle|math(?:bf|it)|boldsymbol|vec)(?![a-z])  ""  \mathbf{x} -> x
 \\mathbb ?(?:\{R\}|R)|^[Aa]ll real numbers$  (-∞,∞)  x \in \mathbb{R} -> x∈(-∞,∞)
 (?<!\\)\$((?:[^$]|(?<=\\)\$)*)(?<!\\)\$|(?<!\\)\\[()\[\]]  " \1 "  $5$ -> 5
 [\[(]?\\begin ?\{(?:[pb]?matrix|array)\}(?:\{[lcr|]*\})?  ⟦(  \begin{bmatrix}5\end{bmatrix} -> ⟦(5)⟧
@@ -1304,10 +1306,12 @@ START(NUMBER)(?: +|(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 h
 (?<![\w.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d{1,3})(?![\w.])  (\1*10^{\2})  2.5e-3 -> (2.5*10^{-3})
 (?<![\w.^}/])(\d+) (\d+) ?/ ?(\d+)(?![\w.])  (\1+\\frac{\2}{\3})  2 1/4 -> (2+\frac{1}{4})
 (?<![\d.^_])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})  (\1+\2)  2\frac14 -> (2+\frac{1}{4})
+ {2,}  " "  \text{May } 20 -> May 20
 (?<=,)[ ,]+|(?<=\W) | (?=\W)|^ |(?<![.,])[.,;:]? ?$  ""  1, 2, and 3. -> 1,2,3
 ^\{([^{}]*)\}$  \1  {5} -> 5
 ([_^])\{(\w)\}(?!\w)  \1\2  x_{1} -> x_1
 START(NUMBER)≈[\d.]+STOP  \1  \frac{1}{7} \approx 0.143 -> \frac{1}{7}
+(?<![^,;∪=])FIGURES+=(?=FIGURES+(?:@.*)?STOP)  ""  9-4=5 -> 5
 START(VAR)([<≤]VALUE)STOP  -∞<\1\2  x≤3 -> x∈(-∞,3]
 START(VAR)>(VALUE)STOP  \2<\1<∞  x>3 -> x∈(3,∞)
 START(VAR)≥(VALUE)STOP  \2≤\1<∞  x≥3 -> x∈[3,∞)
@@ -1322,14 +1326,16 @@ PARTS = {
     "GROUP": r"(?:(?:,|\{,\}|\\,|,\\! ?)(\d{3}))",
     "START": r"(?<![^,;∪])",  # of an item of a list
     "STOP": r"(?=\.? *(?:[,;∪]|$))",
-    "NUMBER": r"(?:VAR=)?(?:\\frac|[^A-Za-z\\,;∪@])*[\d)}π]",
+    "NUMBER": r"(?:[^=≈,;∪@]*[=≈] ?)?(?:\\frac|[^A-Za-z\\,;∪@])*[\d)}π]",
     "VAR": r"[A-Za-z](?:_\w|\([a-z]\))?",
+    "FIGURES": r"(?:\\frac|[^A-Za-z\\=≈≠<≤>≥,;∪@±])",
     "VALUE": "[^<≤>≥=,;∪]+",
     "UNIT": "ONE(?:(?: */ *| +)ONE)*",
-    "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inches|ft|feet|foot|yd|yard|mile|(?:centi|kilo)?meter|g|"
-    r"gram|kg|lb|pound|oz|L|liter|mL|gallon|s|sec|second|min|minute|h|hr|hour|day|week|month|year|"
-    r"dollar|cent|%|°|rad|unit|J|N|W|V|A|K|eV|meV|MeV|erg|people|student|children|book|page|coin|"
-    r"apple|point|piece|ounce|way|time|grade|square|sq|cubic)s?(?![A-Za-z])POWER",
+    "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inch|inches|ft|feet|foot|yd|yard|mile|mph|g|kg|lb|pound|"
+    r"oz|ounce|(?:centi|milli|kilo)?(?:meter|gram|liter)|L|mL|gallon|s|sec|second|min|minute|h|hr|"
+    r"hour|day|week|month|year|dollar|cent|%|°|rad|radian|unit|J|N|W|V|A|K|eV|meV|MeV|erg|Hz|people|"
+    r"student|children|book|page|coin|apple|egg|cup|card|box|boxe|cookie|marble|ticket|tree|game|team|"
+    r"point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|cubic)s?(?![A-Za-z])POWER",
     "POWER": r"(?: ?\^\{?-?[1-9]\}?)?",
 }
 REWRITES = []

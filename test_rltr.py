@@ -3011,6 +3011,10 @@ def test_results_that_are_none_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------ answers
 
 EQUAL = r"""
+x = 5 \text{ cm} == 5 | \text{Area} = 24 \text{ cm}^2 == 24 | 4 + 9 = 13 == 13 |
+\frac{17}{50} = 0.34 == 0.34 | \angle ABC = 60^\circ == 60 | f^{-1}(x) = x-1 == x-1 |
+18 \text{ eggs} == 18 | \arcsin 1 == \frac{\pi}{2} | x \leqslant 3 == (-\infty,3] |
+5 \text{ miles per hour} == 5 \text{ mile/hour} | 3 \text{ s} == 3 |
 18 \, \text{cm}^2 == 18 | 90^\circ. == 90^\circ | \$18.90. == 18.9 | $\$36$ == 36 |
 \$18 \text{ per day} == 18 | 3 \, \text{m}, 4 \, \text{m} == 4,3 | 15\text{ inches} . == 15 |
 \lvert x-3 \rvert == |3-x| | 5 \text{ centimeters} == 5 |
@@ -3052,6 +3056,9 @@ x \ge 4 == [4,\infty) | x<4 == (-\infty,4) | 1 < t \le 6 == (1,6] | x \in (1,6] 
 x<1 \text{ or } x>4 == (-\infty,1)\cup(4,\infty) | 0 < f(x) < 1 == (0,1)
 """
 UNEQUAL = r"""
+5\text{ s} != 5\text{ cm} | 5\text{ m} != 5\text{ ms} | \text{5} \text{6} != 56 |
+4+9=14 != 13 | 13=9 != 13 | 4+x=13 != 13 | f^{-1}(x)=5 != f(x)=5 |
+\text{Area} = 5 \text{ m} != 5 \text{ cm} |
 \frac17 \approx 0.143 != 0.143 | (0,9)\setminus\{2\} != (0,9) | sin x != \cos x | 3x10^4 != 3 |
 3!! != 720 | 5! != 5 | (x!)! != x! | 2^3! != 720 |
 6 != 6\sqrt2 | 1.0000000000000000000000000000000000000000000000000000000000001 != 1 |
