@@ -1026,9 +1026,9 @@ MAX_ITEMS = 30  # of a list
 MP = mpmath.mp.clone()
 MP.dps = 120
 MAX_BITS = 332  # before or behind the point: numbers lie between 10^-100 and 10^100
-ENDS = (  # of a text without \boxed{}: MATH's rare \boxed 2$, GSM8K's last line, fallbacks
-    r"\\boxed +([^\s{}$][^{}$]*)\$",
-    r"^####[ \t]*([-+$]*[\d.,]*\d)[.%]?[ \t]*$",
+# Where there is no \boxed{}: MATH's rare \boxed 2$, and the last line of GSM8K.
+OTHER_ENDS = (r"\\boxed +([^\s{}$][^{}$]*)\$", r"^####[ \t]*([-+$]*[\d.,]*\d)[.%]?[ \t]*$")
+FALLBACKS = (
     r"(?:[Aa]nswer(?: is|:)+|^A:) *(\$[^$\n]+\$|\\\(.+?\\\)|-?\$?\d[\d,]*(?:\.\d+)?|\w+(?=\.?$))",
     r"\$[^$\n]+\$|(?<![\w).])-?\d[\d,]*(?:\.\d+)?",
 )
@@ -1049,8 +1049,8 @@ def judge_answer(text: str, gold: str, fallback: bool = False) -> str:
 
 
 def extract_answer(text: str, fallback: bool = False) -> str | None:
-    r"""The content of the last \boxed{}, else of a line '#### number', else None. With `fallback`,
-    which is not for training, else what follows 'answer is', the last formula or number.
+    r"""The content of the last \boxed{}, else of \boxed 2$ or a line '#### number', else None.
+    With `fallback`, not for training, also what follows 'answer is', the last formula or number.
     >>> extract_answer(r"\boxed{1}? No: \boxed{\frac{3}{7}}.")
     '\\frac{3}{7}'
     """
@@ -1058,10 +1058,14 @@ def extract_answer(text: str, fallback: bool = False) -> str | None:
     rest = rest[:10_000].lstrip()  # to bound the work
     depth = 0
     for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else ""):
-        depth += (brace[0] == "{") - (brace[0] == "}")
+        if brace[0] == "{":
+            depth += 1
+        elif brace[0] == "}":
+            depth -= 1
         if depth == 0:
             return rest[1 : brace.start()].strip() or None
-    for pattern in ENDS if fallback else ENDS[:2]:
+    patterns = OTHER_ENDS + FALLBACKS if fallback else OTHER_ENDS
+    for pattern in patterns:
         found = re.findall(pattern, text[-3 * MAX_CHARS :], re.M)
         if found:
             return found[-1]
@@ -1084,6 +1088,7 @@ def answers_equal(a: str, b: str) -> bool:
 
 
 def compare(a: str, b: str) -> str:
+    """Two bare answers: "right", "wrong", or "unparsed" where one of them is not understood."""
     a, b = sorted((a.strip(), b.strip()))  # so that their order cannot matter
     if a == b:
         return "right"
@@ -1108,10 +1113,16 @@ def same(a: str, b: str) -> bool:
 
 def same_relations(a: str, b: str) -> bool:
     """x=5 is 5, and x∈(3,∞), which was x>3, is (3,∞). But names may not differ, nor is |x|=5 5."""
-    answer = NAMED.sub("", a)
-    other = NAMED.sub("", b)
-    names = {a.removesuffix(answer), b.removesuffix(other)} - {""}
-    return len(names) < 2 and same(answer, other)
+    name, value = split_name(a)
+    other_name, other_value = split_name(b)
+    names = {name, other_name} - {""}
+    return len(names) < 2 and same(value, other_value)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """("x=", "5") for x=5, and ("", "5") for 5."""
+    value = NAMED.sub("", text)
+    return text.removesuffix(value), value
 
 
 def same_lists(a: str, b: str) -> bool:
@@ -1120,7 +1131,7 @@ def same_lists(a: str, b: str) -> bool:
     other_brackets, others = read_list(b)
     if brackets != other_brackets or len(items) != len(others) or len(items) > MAX_ITEMS:
         return False
-    names = {item.removesuffix(NAMED.sub("", item)) for item in items + others}
+    names = {split_name(item)[0] for item in items + others}
     if brackets not in ("", "∪") or ("" in names and len(names) > 2):  # x=1,y=2 is 1,2, not 2,1
         return all(map(same, items, others))
     for item in items:
@@ -1148,7 +1159,10 @@ def split_outside(text: str, separators: str) -> list[str]:
     pieces = [""]
     depth = 0
     for character in text:
-        depth += (character in "([{⦃⟦") - (character in ")]}⦄⟧")
+        if character in "([{⦃⟦":
+            depth += 1
+        elif character in ")]}⦄⟧":
+            depth -= 1
         if depth == 0 and character in separators:
             pieces.append("")
         else:
@@ -1157,7 +1171,7 @@ def split_outside(text: str, separators: str) -> list[str]:
 
 
 def same_quantities(a: str, b: str) -> bool:
-    """5@cm, a number with a known unit, is 5 or 5@cm, but not 5@km."""
+    """5@cm, a number with a known unit, is 5 or 5@cms, but not 5@km."""
     value, _, unit = a.partition("@")
     other, _, other_unit = b.partition("@")
     units = {PLURAL.sub("", unit), PLURAL.sub("", other_unit)} - {""}
@@ -1243,7 +1257,7 @@ def parse_atom(tokens: list[str], point: int) -> MP.mpf | MP.mpc:
     return value_of_name(token, point) if NAME.fullmatch(token) else MP.mpf(token)
 
 
-PLURAL = re.compile(r"(?<=\w\w)s\b")  # but s is a second, and ms a thousandth of one
+PLURAL = re.compile(r"(?<=\w\w)s\b")  # of a unit; alone s is a second, and ms are thousandths
 OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}
 LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 5}
 RIGHT_LEVELS = {"+": 1, "-": 1, "*": 3, "/": 3, "^": 4}  # 1/2x is (1/2)x, 2^3^2 is 2^(3^2)
@@ -1260,14 +1274,15 @@ NAME = re.compile(rf"(?:{LETTER})'*(?:_(?:\{{[^{{}}]*\}}|\w))?", re.A)
 TOKEN = re.compile(rf"\s*({NAME.pattern}|\d+\.?\d*|\.\d+|√\[\d\]|\\[a-z]+(?:\^\d)?|!+|\S)", re.A)
 # What may follow a factor without a sign: the x of 2x, but no number and no word.
 FACTOR = re.compile(r"(?![A-Za-z]{3})[A-Za-z∞({√π°\\]")
-# x=5, f(2)=5, A:B=5 ... are the answer 5, but x=y is not y.
+# x=5, f(2)=5, f^{-1}(2)=5, A:B=5 ... are the answer 5, but x=y is not y.
 NAMED = re.compile(
-    rf"^(?:{NAME.pattern}|[A-Zf-hpq]'*(?:\^\{{-1\}})?\([-\w.,]*\)|\([a-z](?:,[a-z])+\)|[A-Z]+:[A-Z]+"
-    r"|\\frac\{(?:d[a-z]|[A-Z]+)\}\{(?:d[a-z]|[A-Z]+)\})[=≈∈](?![A-Za-z]$)(?=[^=≈∈]+$)"
+    rf"^(?:{NAME.pattern}|[A-Zf-hpq]'*(?:\^\{{-1\}})?\([-\w.,]*\)|\([a-z](?:,[a-z])+\)"
+    r"|[A-Z]+:[A-Z]+|\\frac\{(?:d[a-z]|[A-Z]+)\}\{(?:d[a-z]|[A-Z]+)\})[=≈∈](?![A-Za-z]$)(?=[^=≈∈]+$)"
 )
 
 
 def normalise(text: str) -> str:
+    """One way to write what has several: symbols, the rewrites in their order, words in small."""
     text = COMMAND.sub(lambda command: SYMBOL.get(command[0], command[0]), text)
     for pattern, replacement, _ in REWRITES:
         text = pattern.sub(replacement, text)
@@ -1298,7 +1313,8 @@ TABLE = r"""
 (?<=\d) ?\^?\{? ?(?:\\(?:text|mathrm)\{)?(?:st|nd|rd|th)\b[ }]*  " "  12^{th} grade -> 12@grade
 START(NUMBER) ?\\(?:text|mathrm|mbox) ?\{ ?(UNIT)[. ]*\}(POWER) ?STOP  \1@\2\3  5\text{ m} -> 5@m
 \\(?:text[a-z]*|mathrm|[mh]box|operatorname)\*? ?\{([^{}]*)\}  " \1 "  \text{east} -> east
-START(NUMBER)(?: +|(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 hours -> 15@hours
+[ ]{2,}  " "  \text{May } 20 -> May 20
+START(NUMBER)(?: |(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 hours -> 15@hours
 ^ *\(?([A-J])[.)] +(?![-+*/=<>^_!,|(])(?!.*\b[A-J]\b).*  \1  (C) 18 -> C
 (?<=\d) *([ap])\.?m\b\.?  \1m  3:15 p.m. -> 3:15pm
 (?<=\d) ?x ?(?=10 ?\^)  *  3 x 10^4 -> 3*10^4
@@ -1306,12 +1322,11 @@ START(NUMBER)(?: +|(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 h
 (?<![\w.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d{1,3})(?![\w.])  (\1*10^{\2})  2.5e-3 -> (2.5*10^{-3})
 (?<![\w.^}/])(\d+) (\d+) ?/ ?(\d+)(?![\w.])  (\1+\\frac{\2}{\3})  2 1/4 -> (2+\frac{1}{4})
 (?<![\d.^_])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})  (\1+\2)  2\frac14 -> (2+\frac{1}{4})
-[ ]{2,}  " "  \text{May } 20 -> May 20
 (?<=,)[ ,]+|(?<=\W) | (?=\W)|^ |(?<![.,])[.,;:]? ?$  ""  1, 2, and 3. -> 1,2,3
 ^\{([^{}]*)\}$  \1  {5} -> 5
 ([_^])\{(\w)\}(?!\w)  \1\2  x_{1} -> x_1
 START(NUMBER)≈[\d.]+STOP  \1  \frac{1}{7} \approx 0.143 -> \frac{1}{7}
-(?<![^,;∪=])FIGURES+=(?=FIGURES+(?:@.*)?STOP)  ""  9-4=5 -> 5
+(?<![^,;∪=])FIGURE+=(?=FIGURE+(?:@.*)?STOP)  ""  9-4=5 -> 5
 START(VAR)([<≤]VALUE)STOP  -∞<\1\2  x≤3 -> x∈(-∞,3]
 START(VAR)>(VALUE)STOP  \2<\1<∞  x>3 -> x∈(3,∞)
 START(VAR)≥(VALUE)STOP  \2≤\1<∞  x≥3 -> x∈[3,∞)
@@ -1326,16 +1341,19 @@ PARTS = {
     "GROUP": r"(?:(?:,|\{,\}|\\,|,\\! ?)(\d{3}))",
     "START": r"(?<![^,;∪])",  # of an item of a list
     "STOP": r"(?=\.? *(?:[,;∪]|$))",
+    # A number, perhaps named, as in x = 5; \frac, brackets, signs and exponents belong to it.
     "NUMBER": r"(?:[^=≈,;∪@]*[=≈] ?)?(?:\\frac|[^A-Za-z\\,;∪@])*[\d)}π]",
     "VAR": r"[A-Za-z](?:_\w|\([a-z]\))?",
-    "FIGURES": r"(?:\\frac|[^A-Za-z\\=≈≠<≤>≥,;∪@±])",
+    # A character of a value without names: 9-4 is three of them.
+    "FIGURE": r"(?:\\frac|[^A-Za-z\\=≈≠<≤>≥,;∪@±])",
     "VALUE": "[^<≤>≥=,;∪]+",
-    "UNIT": "ONE(?:(?: */ *| +)ONE)*",
+    "UNIT": "ONE(?:(?: ?/ ?| )ONE)*",
     "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inch|inches|ft|feet|foot|yd|yard|mile|mph|g|kg|lb|pound|"
     r"oz|ounce|(?:centi|milli|kilo)?(?:meter|gram|liter)|L|mL|gallon|s|sec|second|min|minute|h|hr|"
     r"hour|day|week|month|year|dollar|cent|%|°|rad|radian|unit|J|N|W|V|A|K|eV|meV|MeV|erg|Hz|people|"
-    r"student|children|book|page|coin|apple|egg|cup|card|box|boxe|cookie|marble|ticket|tree|game|team|"
-    r"point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|cubic)s?(?![A-Za-z])POWER",
+    r"student|children|book|page|coin|apple|egg|cup|card|box|boxe|cookie|marble|ticket|tree|game|"
+    r"team|point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|cubic)"
+    r"s?(?![A-Za-z])POWER",
     "POWER": r"(?: ?\^\{?-?[1-9]\}?)?",
 }
 REWRITES = []
@@ -1890,7 +1908,8 @@ def show_group(group: list[Rollout]) -> str:
     """A group to read: the problem, a rollout with its cut, the continuation, all the rewards."""
     text = group[0].text
     problem = group[0].problem
-    for cut in group[0].cuts[:1]:
+    if group[0].cuts:
+        cut = group[0].cuts[0]
         verdict = "right" if cut.correct else "wrong"
         text = f"{cut.prefix} >>|<< {text[len(cut.prefix) :]}\n--- cut at tau = {cut.tau:.2f}, "
         text += f"receiver goes on ({verdict}): {cut.continuation}"

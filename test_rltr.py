@@ -2979,7 +2979,8 @@ def test_the_tables_of_the_results_are_those_of_the_recorded_runs(tmp_path, caps
     driver = benchmark("rltr_vs_rlvr")
     page = (HERE / "benchmarks/RESULTS.md").read_text()
     files = set(re.findall(r"rltr_vs_rlvr.py --read (\S+)", page))
-    assert len(files) >= 1
+    recorded = ("one_cut", "mod7", "ablations")
+    assert files == {f"benchmarks/rltr_vs_rlvr_{name}.csv" for name in recorded}
     for file in files:
         driver.main(["--read", str(HERE / file), "--csv", str(tmp_path / "again.csv")])
         lines = capsys.readouterr().out.splitlines()
@@ -3006,6 +3007,9 @@ def test_results_that_are_none_are_refused(tmp_path):
         (tmp_path / "some.csv").write_text(text)
         with pytest.raises(UserError):
             driver.main(["--read", str(tmp_path / "some.csv")])
+    without_curves = str(HERE / "benchmarks/rltr_vs_rlvr_one_cut.csv")
+    with pytest.raises(UserError, match="no curves"):
+        driver.main(["--read", without_curves, "--figure", str(tmp_path / "a.svg")])
 
 
 # ------------------------------------------------------------------------------------------ answers

@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None):
     seeds = sorted(set.intersection(*complete))
     if seeds:
         print("\n".join(["", *main_table(results, seeds), "", *cost_table(results, seeds)]))
-    if set(results) - {"before", *MAIN}:
+    if not seeds or set(results) - {"before", *MAIN}:
         print("\n".join(["", *ablation_table(results)]))
     if given.figure:
         rltr.require(seeds, f"no seed has all of {', '.join(MAIN)}")
