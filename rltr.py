@@ -1056,8 +1056,10 @@ def extract_answer(text: str, fallback: bool = False) -> str | None:
     """
     _, _, rest = text.replace(r"\fbox", r"\boxed").rpartition(r"\boxed")
     rest = rest[:10_000].lstrip()  # to bound the work
+    if not rest.startswith("{"):
+        rest = ""
     depth = 0
-    for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else ""):
+    for brace in re.finditer(r"\\.|[{}]", rest):
         if brace[0] == "{":
             depth += 1
         elif brace[0] == "}":
@@ -1274,10 +1276,14 @@ NAME = re.compile(rf"(?:{LETTER})'*(?:_(?:\{{[^{{}}]*\}}|\w))?", re.A)
 TOKEN = re.compile(rf"\s*({NAME.pattern}|\d+\.?\d*|\.\d+|√\[\d\]|\\[a-z]+(?:\^\d)?|!+|\S)", re.A)
 # What may follow a factor without a sign: the x of 2x, but no number and no word.
 FACTOR = re.compile(r"(?![A-Za-z]{3})[A-Za-z∞({√π°\\]")
-# x=5, f(2)=5, f^{-1}(2)=5, A:B=5 ... are the answer 5, but x=y is not y.
+# What stands before a value: x=5 is the answer 5, but x=y is not y.
 NAMED = re.compile(
-    rf"^(?:{NAME.pattern}|[A-Zf-hpq]'*(?:\^\{{-1\}})?\([-\w.,]*\)|\([a-z](?:,[a-z])+\)"
-    r"|[A-Z]+:[A-Z]+|\\frac\{(?:d[a-z]|[A-Z]+)\}\{(?:d[a-z]|[A-Z]+)\})[=≈∈](?![A-Za-z]$)(?=[^=≈∈]+$)"
+    rf"^(?:{NAME.pattern}"  # x=5, AB=5
+    r"|[A-Zf-hpq]'*(?:\^\{-1\})?\([-\w.,]*\)"  # f(2)=5, f^{-1}(2)=5
+    r"|\([a-z](?:,[a-z])+\)"  # (x,y)=(1,2)
+    r"|[A-Z]+:[A-Z]+"  # A:B=5
+    r"|\\frac\{(?:d[a-z]|[A-Z]+)\}\{(?:d[a-z]|[A-Z]+)\}"  # \frac{dy}{dx}=5, \frac{AB}{CD}=5
+    r")[=≈∈](?![A-Za-z]$)(?=[^=≈∈]+$)"  # the only such sign
 )
 
 
@@ -1350,9 +1356,9 @@ PARTS = {
     "UNIT": "ONE(?:(?: ?/ ?| )ONE)*",
     "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inch|inches|ft|feet|foot|yd|yard|mile|mph|g|kg|lb|pound|"
     r"oz|ounce|(?:centi|milli|kilo)?(?:meter|gram|liter)|L|mL|gallon|s|sec|second|min|minute|h|hr|"
-    r"hour|day|week|month|year|dollar|cent|%|°|rad|radian|unit|J|N|W|V|A|K|eV|meV|MeV|erg|Hz|people|"
-    r"student|children|book|page|coin|apple|egg|cup|card|box|boxe|cookie|marble|ticket|tree|game|"
-    r"team|point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|cubic)"
+    r"hour|day|week|month|year|dollar|cent|%|°|rad|radian|unit|J|N|W|V|A|K|eV|meV|MeV|erg|Hz|"
+    r"people|student|children|book|page|coin|apple|egg|cup|card|box|boxe|cookie|marble|ticket|tree|"
+    r"game|team|point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|cubic)"
     r"s?(?![A-Za-z])POWER",
     "POWER": r"(?: ?\^\{?-?[1-9]\}?)?",
 }
