@@ -1358,8 +1358,8 @@ PARTS = {
     r"oz|ounce|(?:centi|milli|kilo)?(?:meter|gram|liter)|L|mL|gallon|s|sec|second|min|minute|h|hr|"
     r"hour|day|week|month|year|dollar|cent|%|°|rad|radian|unit|J|N|W|V|A|K|eV|meV|MeV|erg|Hz|"
     r"people|student|children|book|page|coin|apple|egg|cup|card|box|boxe|cookie|marble|ticket|tree|"
-    r"game|team|point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|cubic)"
-    r"s?(?![A-Za-z])POWER",
+    r"game|team|point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|"
+    r"cubic)s?(?![A-Za-z])POWER",
     "POWER": r"(?: ?\^\{?-?[1-9]\}?)?",
 }
 REWRITES = []
