@@ -143,11 +143,21 @@ class Config:
     eval_k: int = option(64, "completions a problem in that table", 1, 1e6)
 
 
-# With no --model, these replace the fields that the user did not set. {tiny}: the folder that
-# `make_tiny` makes. The seed is one that learns; one in five does not (benchmarks/RESULTS.md).
-TINY = {"model": "{tiny}/generator", "receiver": "{tiny}/receiver", "device": "cpu"}
-TINY |= {"data": "{tiny}/train.jsonl", "eval_data": "{tiny}/test.jsonl", "prompt": "{question}"}
-TINY |= {"max_new_tokens": 32, "receiver_margin": 4, "steps": 150, "lr": 5e-4, "seed": 10}
+# The built-in task, which needs no network: with no --model these replace the fields that the user
+# did not set. tiny/make.py made its two models and its problems.
+TINY_FOLDER = Path(__file__).parent / "tiny"
+TINY = {
+    "model": str(TINY_FOLDER / "generator"),
+    "receiver": str(TINY_FOLDER / "receiver"),
+    "data": str(TINY_FOLDER / "train.jsonl"),
+    "eval_data": str(TINY_FOLDER / "test.jsonl"),
+    "prompt": "{question}",
+    "max_new_tokens": 32,
+    "receiver_margin": 4,
+    "steps": 150,
+    "lr": 5e-4,
+    "device": "cpu",
+}
 
 # What random numbers are drawn for. rng(seed, purpose, step, ...) is a function of its keys alone:
 # streams do not disturb each other, and a resumed run has no generator state to restore.
@@ -1933,101 +1943,6 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-# =================================================================================== the tiny task
-# `python rltr.py` makes two tiny models and a task in the cache folder, once a seed; from there on
-# they are models and data like any other. A problem is a chain of five operations modulo 7, and the
-# answer says only whether the result is odd: guessing pays half the time, so a right answer says
-# little about the reasoning. The generator learnt from flawed demonstrations, the receiver did not.
-
-RIGHT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-FLAWED = {"+": lambda a, b: a + b + 1, "-": lambda a, b: b - a, "*": lambda a, b: a + b}
-
-
-def tiny_problem(source: random.Random, flaws: float = 0.0) -> tuple[str, str, str]:
-    """Question, demonstration (each step wrong with probability `flaws`), right answer.
-
-    >>> tiny_problem(random.Random(1))
-    ('Q1>*6;>+2;>-3;>+0;>-3;?', '*6=6+2=1-3=5+0=5-3=2\\\\boxed{0}', '0')
-    """
-    value = truth = source.randrange(7)
-    question = f"Q{value}"
-    chain = ""
-    for _ in range(5):
-        operator = source.choice("+-*")
-        operand = source.randrange(7)
-        rules = FLAWED if source.random() < flaws else RIGHT
-        value = rules[operator](value, operand) % 7
-        truth = RIGHT[operator](truth, operand) % 7
-        question += f">{operator}{operand};"
-        chain += f"{operator}{operand}={value}"
-    return question + "?", f"{chain}\\boxed{{{value % 2}}}", str(truth % 2)
-
-
-def tiny_tokenizer():
-    """A token a character, and \\boxed{ as one."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", "\\boxed{", *"}Q?>;=+-*0123456"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
-    core.decoder = decoders.Fuse()
-    control = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    how = {"tokenizer_object": core, "chat_template": template}
-    return transformers.PreTrainedTokenizerFast(**how, **control)
-
-
-def warm_start(folder: Path, width: int, steps: int, flaws: float, seed: int):
-    """A small Qwen2, trained on demonstrations by next-token prediction, as a model folder."""
-    torch.manual_seed(seed)
-    source = random.Random(seed)
-    tokenizer = tiny_tokenizer()
-    eos = tokenizer.eos_token_id
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2}
-    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "rope_theta": 100.0}
-    ends = {"bos_token_id": None, "eos_token_id": eos}
-    # At transformers' own initializer_range, 0.02, nothing is learnt at this size.
-    config = transformers.Qwen2Config(**sizes, **heads, **ends, initializer_range=0.08)
-    lm = LM(transformers.Qwen2ForCausalLM(config), tokenizer, (eos,), len(tokenizer), 128)
-    optimizer = MasterAdamW(lm.model, 4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.adam, 4e-3, steps, pct_start=0.1)
-    print(f"warm start of the tiny {folder.name}, once", file=sys.stderr)
-    for _ in tqdm(range(steps), disable=None):
-        batch = []
-        for _ in range(32):
-            question, chain, _ = tiny_problem(source, flaws)
-            tokens = [*tokenizer.encode(chain), eos]
-            batch.append(Rollout(None, tokenizer.encode(question), tokens, [], True, chain))
-        (-completion_logprobs(lm, batch)[0].mean()).backward()
-        optimizer.step(max_norm=1.0)
-        schedule.step()
-    save_lm(lm, folder)
-
-
-def make_tiny(seed: int) -> Path:
-    """The folder of generator/, receiver/, train.jsonl and test.jsonl; made at the first call."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    require(not cache.startswith("~"), "no home folder; set XDG_CACHE_HOME")
-    made = Path(cache, f"rltr/tiny-v3-seed{seed}")
-    if made.exists():  # in a cache that may be read-only
-        return made
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{made}.lock"):  # of two first runs the second waits
-        if made.exists():
-            return made
-        source = random.Random(f"problems {seed}")
-        problems = [tiny_problem(source) for _ in range(4200)]
-        answers = {question: answer for question, _, answer in problems}  # each question once
-        rows = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in answers.items()]
-        with complete_folder(made) as folder:
-            (folder / "test.jsonl").write_text("".join(rows[:100]))
-            (folder / "train.jsonl").write_text("".join(rows[100:]))
-            warm_start(folder / "generator", 64, 400, flaws=0.3, seed=2 * seed)
-            warm_start(folder / "receiver", 80, 600, flaws=0.0, seed=2 * seed + 1)
-    return made
-
-
 # ==================================================================================== command line
 # Settings come from the command line, from an earlier run's config.json, or from a caller of
 # `train`; all pass `resolve` before anything is loaded.
@@ -2067,15 +1982,11 @@ def resolve(config: Config) -> Config:
         raise UserError(f"--device {config.device}: there is none ({error})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels, graphs and memory figures are of this one
-    named = {name: getattr(config, name) for name in ("model", "receiver", "data", "eval_data")}
-    if any("{tiny}" in path for path in named.values()):
-        tiny = str(make_tiny(config.seed))
-        named = {name: path.replace("{tiny}", tiny) for name, path in named.items()}
     kind = "rltr" if config.transfer_weight > 0 else "rlvr"
-    out = config.out or f"runs/{Path(named['model']).name}-{kind}-seed{config.seed}"
+    out = config.out or f"runs/{Path(config.model).name}-{kind}-seed{config.seed}"
     if not config.out and Path(out).exists():
         out += time.strftime("-%Y%m%d-%H%M%S")
-    return dataclasses.replace(config, **named, out=out)
+    return dataclasses.replace(config, out=out)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2101,6 +2012,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
     if not given.get("model"):
         given.pop("model", None)
         given = TINY | given
+        alone = "this file is alone, without tiny/: give --model, --receiver and --data"
+        require(TINY_FOLDER.is_dir(), alone)
     return Config(**given), False
 
 

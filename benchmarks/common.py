@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for all of them: rltr.py, eval.py
-import rltr
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]  # for all of them: rltr.py, eval.py, make.py
+import rltr  # noqa: E402
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose description is the first line of a script's docstring."""
-    return rltr.Parser(description=doc.split("\n")[0], allow_abbrev=False)
+    return argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
 
 
 def whole(low: int, high: int = 10**6):

@@ -1,16 +1,18 @@
-"""RLTR against RLVR on the built-in task: the same starts, many seeds, controls and ablations.
+"""RLTR against RLVR on the built-in task: many seeds, controls and ablations.
 
-    python benchmarks/rltr_vs_rlvr.py --seeds 100-139 --only before rltr rlvr rlvr_16
-    python benchmarks/rltr_vs_rlvr.py --seeds 100-111 --only before rltr rlvr rlvr_16 --task mod7
+    python benchmarks/rltr_vs_rlvr.py --start shipped --seeds 10-29      # all from tiny/
+    python benchmarks/rltr_vs_rlvr.py --seeds 100-139                    # a start for each seed
+    python benchmarks/rltr_vs_rlvr.py --seeds 100-111 --task mod7
+    python benchmarks/rltr_vs_rlvr.py --seeds 100-107 --only rltr b_2 cuts_4
     python benchmarks/rltr_vs_rlvr.py --tables --csv results.csv --figure curves.svg
     python benchmarks/rltr_vs_rlvr.py --read results.csv        # the same tables, from that file
 
-Each seed has a warm start, problems, a receiver and a *held-out* receiver of its own; training
-never sees the latter. What is done already is not repeated, and several processes may share the
-work. Evaluated on 100 held-out problems, 64 completions each; transfer is measured on 4 of them at
-tau = 0.1 .. 0.9. The control of equal compute, `rlvr_16`, has 16 samples a problem instead of 8:
-about the time of RLTR with its one cut. Intervals are Student's t over seeds, of paired
-differences: each seed is one observation."""
+--start shipped: all seeds train from tiny/. --start own: each seed has models and problems of its
+own (tiny/make.py). Both have a *held-out* receiver that training never sees. What is done already
+is not repeated, and several processes may share the work. Evaluated on 100 held-out problems, 64
+completions each; transfer is measured on 4 of them at tau = 0.1 .. 0.9. Controls: `rlvr_16` has 16
+samples a problem instead of 8, about the time of RLTR here; `rlvr_10` has 10, about its time where
+completions are long. Intervals are Student's t over seeds, of paired differences."""
 
 import argparse
 import contextlib
@@ -29,6 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import common
+import make
 
 import eval as evaluation
 import rltr
@@ -37,6 +40,7 @@ RLVR = ["--transfer-weight", "0"]
 VARIANTS = {  # name -> flags, beside those of the built-in task; {weak} is a receiver
     "rltr": [],
     "rlvr": RLVR,
+    "rlvr_10": [*RLVR, "--group", "10"],
     "rlvr_16": [*RLVR, "--group", "16"],
     "b_0.5": ["--transfer-weight", "0.5"],
     "b_2": ["--transfer-weight", "2"],
@@ -49,7 +53,15 @@ VARIANTS = {  # name -> flags, beside those of the built-in task; {weak} is a re
     "receiver_greedy": ["--receiver-temperature", "0"],
     "no_leak": [],  # see cut_before_box
 }
-MAIN = ("rltr", "rlvr", "rlvr_16")
+MAIN = {  # name -> what it is called in tables; colour of its curve
+    "rlvr": ("RLVR", "#d55e00"),
+    "rlvr_10": ("RLVR, 10 samples", "#cc79a7"),
+    "rlvr_16": ("RLVR, 16 samples", "#009e73"),
+    "rltr": ("RLTR", "#0072b2"),
+}
+# The settings of the built-in task.
+TASK = ["--prompt", "{question}", "--max-new-tokens", "32", "--receiver-margin", "4"]
+TASK += ["--device", "cpu"]
 TRANSFER = [f"transfer@{tau}" for tau in (0.3, 0.5, 0.7)]
 FIGURES = ["accuracy", "Maj@64", "Pass@64", *TRANSFER, *(f"held-out {name}" for name in TRANSFER)]
 COSTS = ["seconds", "sampled", "continued", "learnt"]  # of a whole run, see `cost`
@@ -58,7 +70,7 @@ GOAL = 0.8  # training accuracy, for the survival curve
 
 # ========================================================================= the task, and a control
 
-parity_problem = rltr.tiny_problem
+parity_problem = make.tiny_problem
 cut_anywhere = rltr.cut_rollouts
 
 
@@ -71,7 +83,7 @@ def mod7_problem(source: random.Random, flaws: float = 0.0) -> tuple[str, str, s
     question, chain, _ = parity_problem(source, flaws)
     truth = int(question[1])
     for operator, operand in re.findall(r">(.)(\d)", question):
-        truth = rltr.RIGHT[operator](truth, int(operand)) % 7
+        truth = make.RIGHT[operator](truth, int(operand)) % 7
     steps = chain.partition("\\boxed")[0]
     return question, f"{steps}\\boxed{{{steps[-1]}}}", str(truth)
 
@@ -98,26 +110,27 @@ def cutting(cut):
 # ============================================================================================ runs
 
 
-def other_receiver(seed: int, kind: str) -> Path:
-    """A receiver beside that of training, made at the first call. "heldout": one more like it, for
-    scoring only. "weak": one that makes as many mistakes as the generator does."""
-    tiny = rltr.make_tiny(seed)
-    made = tiny.with_name(f"{tiny.name}-{kind}")
-    with filelock.FileLock(f"{made}.lock"):
-        if not made.exists():
-            with rltr.complete_folder(made) as folder:
-                if kind == "weak":
-                    rltr.warm_start(folder / kind, 80, 600, flaws=0.3, seed=10 * seed + 1002)
-                else:
-                    rltr.warm_start(folder / kind, 72, 600, flaws=0.0, seed=10 * seed + 1001)
-    return made / kind
+def start_of(seed: int, out: Path, shipped: bool) -> Path:
+    """A folder like tiny/, and beside its models heldout/, for scoring only, and weak/, a receiver
+    that makes as many mistakes as the generator does. Made at the first call."""
+    folder = out / ("start" if shipped else f"start-{seed}")
+    start = 119 if shipped else seed  # tiny/ is what make_tiny(119) made
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with rltr.complete_folder(folder) as partial:
+                if not shipped:
+                    make.make_tiny(partial, seed)
+                make.warm_start(partial / "heldout", 72, 600, flaws=0.0, seed=10 * start + 1001)
+                make.warm_start(partial / "weak", 80, 600, flaws=0.3, seed=10 * start + 1002)
+                for name in ("generator", "receiver", "train.jsonl", "test.jsonl"):
+                    if shipped:
+                        (partial / name).symlink_to(rltr.TINY_FOLDER / name)
+    return folder
 
 
-def evaluate(model: Path, receiver: Path, seed: int, k: int, out: Path) -> dict:
+def evaluate(model: Path, receiver: Path, data: Path, seed: int, k: int, out: Path) -> dict:
     """The figures of eval.py."""
-    flags = ["--prompt", "{question}", "--max-new-tokens", "32", "--receiver-margin", "4"]
-    flags += ["--data", str(rltr.make_tiny(seed) / "test.jsonl"), "--device", "cpu"]
-    flags += ["--model", str(model), "--receiver", str(receiver)]
+    flags = [*TASK, "--data", str(data), "--model", str(model), "--receiver", str(receiver)]
     flags += ["--k", str(k), "--seed", str(seed), "--out", str(out)]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # its table
         code = evaluation.main(flags)
@@ -125,43 +138,46 @@ def evaluate(model: Path, receiver: Path, seed: int, k: int, out: Path) -> dict:
     return json.loads((out / "result.json").read_text())["figures"]
 
 
-def all_figures(model: Path, seed: int, out: Path) -> dict:
+def all_figures(model: Path, start: Path, seed: int, out: Path) -> dict:
     """All figures with the training receiver, and transfer with the held-out one."""
-    figures = evaluate(model, rltr.make_tiny(seed) / "receiver", seed, 64, out / "eval")
-    heldout = other_receiver(seed, "heldout")
-    for name, value in evaluate(model, heldout, seed, 4, out / "eval-heldout").items():
+    data = start / "test.jsonl"
+    figures = evaluate(model, start / "receiver", data, seed, 64, out / "eval")
+    heldout = evaluate(model, start / "heldout", data, seed, 4, out / "eval-heldout")
+    for name, value in heldout.items():
         if name.startswith("transfer@"):
             figures[f"held-out {name}"] = value
     return figures
 
 
-def run(variant: str, seed: int, out: Path, steps: int):
+def run(variant: str, seed: int, out: Path, steps: int, shipped: bool):
     """Train and evaluate one variant, unless that is done."""
-    folder, result = out / f"{variant}-{seed}", out / f"{variant}-{seed}.json"
+    folder = out / f"{variant}-{seed}"
+    result = out / f"{variant}-{seed}.json"
     if result.exists():
         return
+    start = start_of(seed, out, shipped)
     if variant == "before":
-        figures = all_figures(rltr.make_tiny(seed) / "generator", seed, folder)
-        rltr.write_file(result, json.dumps({"figures": figures}))
-        return
-    flags = ["--seed", str(seed), "--out", str(folder), "--steps", str(steps), "--eval-data", ""]
-    flags += ["--show-every", "0", "--save-every", "0"]
-    for flag in VARIANTS[variant]:
-        flags.append(str(other_receiver(seed, "weak")) if flag == "{weak}" else flag)
-    if (folder / "config.json").exists():  # begun by an earlier call
-        flags = ["--resume", str(folder)]
-    if not (folder / "final").exists():
-        with cutting(cut_before_box if variant == "no_leak" else cut_anywhere):
-            code = rltr.main(flags)
-        rltr.require(code == 0, f"{folder}: rltr.py ended with exit code {code}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    config = json.loads((folder / "config.json").read_text())
-    report = {
-        **cost(rows, config["prompts"] * config["group"]),
-        "training": [row["accuracy"] for row in rows],
-        "figures": all_figures(folder / "final", seed, folder),
-    }
-    rltr.write_file(result, json.dumps(report))
+        report = {"figures": all_figures(start / "generator", start, seed, folder)}
+    else:
+        flags = [*TASK, "--model", str(start / "generator"), "--data", str(start / "train.jsonl")]
+        flags += ["--receiver", str(start / "receiver"), "--lr", "5e-4", "--steps", str(steps)]
+        flags += ["--seed", str(seed), "--out", str(folder), "--save-every", "0"]
+        flags += ["--show-every", "0"]
+        flags += [flag.replace("{weak}", str(start / "weak")) for flag in VARIANTS[variant]]
+        if (folder / "config.json").exists():  # begun by an earlier call
+            flags = ["--resume", str(folder)]
+        if not (folder / "final").exists():
+            with cutting(cut_before_box if variant == "no_leak" else cut_anywhere):
+                code = rltr.main(flags)
+            rltr.require(code == 0, f"{folder}: rltr.py ended with exit code {code}")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((folder / "config.json").read_text())
+        report = {
+            **cost(rows, config["prompts"] * config["group"]),
+            "training": [row["accuracy"] for row in rows],
+            "figures": all_figures(folder / "final", start, seed, folder),
+        }
+    result.write_text(json.dumps(report))
 
 
 def cost(rows: list[dict], rollouts: int) -> dict:
@@ -281,29 +297,33 @@ def column(results: dict, variant: str, figure: str, seeds: list[int]) -> np.nda
     return np.array([results[variant][seed]["figures"][figure] for seed in seeds])
 
 
-def main_table(results: dict, seeds: list[int]) -> list[str]:
+def main_table(results: dict, seeds: list[int], variants: list[str]) -> list[str]:
+    names = [MAIN[variant][0] for variant in variants]
+    controls = [variant for variant in variants if variant != "rltr"]
+    gains = ["RLTR - " + MAIN[control][0].replace(", ", " ") for control in controls]
+    gains = [gain.replace(" samples", "") for gain in gains]
     lines = [
         f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}: mean (lowest .. highest); paired "
         "differences with a 95 % interval",
         "",
-        "| | before | RLVR | RLVR, 16 samples | RLTR | RLTR - RLVR | RLTR - RLVR 16 |",
-        "|---" * 7 + "|",
+        f"| | before | {' | '.join(names + gains)} |",
+        "|---" * (2 + len(names + gains)) + "|",
     ]
     for figure in FIGURES:
-        x = {variant: column(results, variant, figure, seeds) for variant in ("before", *MAIN)}
-        cells = [spread(x[variant]) for variant in ("before", "rlvr", "rlvr_16", "rltr")]
-        cells += [difference(x["rltr"], x["rlvr"]), difference(x["rltr"], x["rlvr_16"])]
+        x = {variant: column(results, variant, figure, seeds) for variant in ("before", *variants)}
+        cells = [spread(x[variant]) for variant in ("before", *variants)]
+        cells += [difference(x["rltr"], x[control]) for control in controls]
         lines.append(f"| {figure} | {' | '.join(cells)} |")
     return lines
 
 
-def cost_table(results: dict, seeds: list[int]) -> list[str]:
+def cost_table(results: dict, seeds: list[int], variants: list[str]) -> list[str]:
     lines = [
         "| mean of a run | seconds | sampled tokens, thousands | of the receiver | learnt from "
         f"| seeds that reach {GOAL} in training | steps until then: median of these (range) |",
         "|---" * 7 + "|",
     ]
-    for variant in MAIN:
+    for variant in ("rltr", *(variant for variant in variants if variant != "rltr")):
         reports = [results[variant][seed] for seed in seeds]
         cells = [f"{np.mean([report['seconds'] for report in reports]):.0f}"]
         for name in ("sampled", "continued", "learnt"):
@@ -318,6 +338,27 @@ def cost_table(results: dict, seeds: list[int]) -> list[str]:
             cells.append("-")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return lines
+
+
+def catching_up(results: dict, seeds: list[int], variants: list[str]) -> list[str]:
+    """How soon the mean curve of RLTR is where that of a control ends."""
+    if not all("training" in results[variant][seed] for variant in variants for seed in seeds):
+        return []
+    curves = {}
+    for variant in variants:
+        runs = [smooth(results[variant][seed]["training"]) for seed in seeds]
+        curves[variant] = np.mean(runs, axis=0)
+    lines = []
+    for variant in variants:
+        end = curves[variant][-1]
+        if variant != "rltr" and curves["rltr"].max() >= end:
+            steps = 1 + np.argmax(curves["rltr"] >= end)
+            share = f"{len(curves[variant]) / steps:.1f} times fewer"
+            lines.append(
+                f"- mean curve: {MAIN[variant][0]} ends at {end:.3f} after {len(curves[variant])} "
+                f"steps, where RLTR is after {steps} ({share})"
+            )
+    return ["", *lines]
 
 
 def ablation_table(results: dict) -> list[str]:
@@ -337,7 +378,7 @@ def ablation_table(results: dict) -> list[str]:
     return lines
 
 
-def figure(results: dict, seeds: list[int], path: Path):
+def figure(results: dict, seeds: list[int], variants: list[str], path: Path):
     """Left: training accuracy, mean and the middle 80 % of the seeds. Right: the share of seeds
     that have reached GOAL, which also tells of those that never do."""
     import matplotlib
@@ -347,11 +388,8 @@ def figure(results: dict, seeds: list[int], path: Path):
 
     bottom = 0.4
     panel, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for variant, label, colour in (
-        ("rltr", "RLTR, 8 samples", "#0072b2"),
-        ("rlvr_16", "RLVR, 16 samples", "#009e73"),
-        ("rlvr", "RLVR, 8 samples", "#d55e00"),
-    ):
+    for variant in reversed(variants):
+        label, colour = MAIN[variant]
         curves = np.array([smooth(results[variant][seed]["training"]) for seed in seeds])
         steps = np.arange(1, curves.shape[1] + 1)
         bottom = min(bottom, np.floor(10 * curves.mean(axis=0).min()) / 10)
@@ -377,10 +415,12 @@ def figure(results: dict, seeds: list[int], path: Path):
 
 
 def main(argv: list[str] | None = None):
+    main_ones = ["before", "rltr", "rlvr", "rlvr_10", "rlvr_16"]
     everything = ["before", *VARIANTS]
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=seed_range, default=seed_range("100-139"), help="FROM-TO")
-    parser.add_argument("--only", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--only", nargs="+", choices=everything, default=main_ones)
+    parser.add_argument("--start", choices=("shipped", "own"), default="own")
     parser.add_argument("--task", choices=("parity", "mod7"), default="parity")
     parser.add_argument("--steps", type=common.whole(1), default=150)
     parser.add_argument("--out", type=Path, help="default: runs/rltr-vs-rlvr-TASK")
@@ -389,12 +429,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--csv", type=common.output, help="write all results here")
     parser.add_argument("--figure", type=common.output, help="draw curves here (with matplotlib)")
     given = parser.parse_args(argv)
-    out = given.out or Path(f"runs/rltr-vs-rlvr-{given.task}")
+    shipped = given.start == "shipped"
+    out = given.out or Path(f"runs/rltr-vs-rlvr-{given.start}-{given.task}")
     if not (given.tables or given.read):
         out.mkdir(parents=True, exist_ok=True)
         if given.task == "mod7":
-            os.environ["XDG_CACHE_HOME"] = str(out.absolute() / "cache")
-            rltr.tiny_problem = mod7_problem
+            rltr.require(not shipped, "--task mod7: needs --start own")
+            make.tiny_problem = mod7_problem
         for seed in given.seeds:
             # Another process that works on this seed goes on with it.
             lock = filelock.FileLock(out / f"{seed}.lock", timeout=0)
@@ -402,22 +443,29 @@ def main(argv: list[str] | None = None):
                 for variant in given.only:
                     print(f"{variant}, seed {seed}", flush=True)
                     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                        run(variant, seed, out, given.steps)  # its progress bars go nowhere
+                        run(variant, seed, out, given.steps, shipped)  # its bars go nowhere
 
     results = read_csv(given.read) if given.read else read_results(out, given.seeds)
     if given.csv:
         write_csv(results, given.csv)
-    complete = [set(results.get(variant, {})) for variant in ("before", *MAIN)]
-    seeds = sorted(set.intersection(*complete))
+    variants = [variant for variant in MAIN if variant in results]
+    seeds = set()
+    if {"before", "rltr", "rlvr"} <= set(results):
+        complete = [set(results[variant]) for variant in ("before", *variants)]
+        seeds = sorted(set.intersection(*complete))
     if seeds:
-        print("\n".join(["", *main_table(results, seeds), "", *cost_table(results, seeds)]))
+        print("\n".join(["", *main_table(results, seeds, variants)]))
+        print("\n".join(["", *cost_table(results, seeds, variants)]))
+        print("\n".join(catching_up(results, seeds, variants)))
     if not seeds or set(results) - {"before", *MAIN}:
         print("\n".join(["", *ablation_table(results)]))
     if given.figure:
-        rltr.require(seeds, f"no seed has all of {', '.join(MAIN)}")
-        drawable = all("training" in results[variant][seed] for variant in MAIN for seed in seeds)
+        rltr.require(seeds, "no seed has all variants")
+        drawable = all(
+            "training" in results[variant][seed] for variant in variants for seed in seeds
+        )
         rltr.require(drawable, f"{given.read}: has no curves")
-        figure(results, seeds, given.figure)
+        figure(results, seeds, variants, given.figure)
 
 
 if __name__ == "__main__":
