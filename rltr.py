@@ -27,7 +27,6 @@ receiver decoding. Ours, each of them a flag or one function:
   2. The receiver samples at temperature 1. It may write as many tokens as the generator had left
      of --max-new-tokens, plus a margin of 64; a prefix that is too long for its context scores 0.
   3. The loss is one token mean over the rollouts of an optimizer step, clipped at 0.8 and 1.28.
-     AdamW has betas (0.9, 0.99) and no weight decay; linear warm-up, then a constant lr.
   4. Groups whose rewards are all equal hold no information: they leave the update and N.
   5. The stop token is stripped before the cut: with it the receiver's turn would end at tau = 1.
   6. The answer is looked for in prefix and continuation together, as in a text of one author. So a
@@ -53,6 +52,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -77,10 +77,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-
 # ======================================================================================= settings
-
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+# For chat templates: no thinking, where that can be switched, and always the same date.
+CHAT = {"tokenize": False, "enable_thinking": False, "strftime_now": date(2026, 1, 1).strftime}
+# Short names of data sets: hub id, and configuration where there are several.
+SOURCES = {"gsm8k": "openai/gsm8k:main", "math": "nlile/hendrycks-MATH-benchmark"}
+SOURCES |= {"math500": "HuggingFaceH4/MATH-500", "aime24": "math-ai/aime24"}
+SOURCES |= {"amc23": "math-ai/amc23"}
 
 
 def option(default, help_text: str, low: float | None = None, high: float = 1e9):
@@ -88,17 +92,14 @@ def option(default, help_text: str, low: float | None = None, high: float = 1e9)
 
 
 @dataclass
-class Config:
-    """All settings of a run. The fields, with their help texts, are the command line."""
-
+class Config:  # every field is a flag of the command line, with its help text
     model: str = option("", "generator: a folder or hub name; empty: the built-in tiny task")
     receiver: str = option("Qwen2.5-1.5B-Instruct", "frozen receiver: folder, hub name, or self")
     data: str = option("math", "gsm8k, math, math500, aime24, amc23, a hub id, or a local file")
     split: str = option("", "split of a hub data set; empty: its training split")
     limit: int = option(0, "use only the first N problems (0: all)", 0)
     prompt: str = option(PROMPT, "what the models are asked, with {question} in it")
-    out: str = option("", "run folder; empty: runs/MODEL-rltr-seed0-TIME")
-    # -- the algorithm
+    out: str = option("", "run folder; empty: runs/MODEL-b1-seed0-TIME")
     steps: int = option(500, "policy-gradient steps", 1)
     prompts: int = option(32, "problems a step", 1, 1e6)
     group: int = option(8, "G: rollouts a problem", 2, 1e6)
@@ -113,22 +114,18 @@ class Config:
     normalize_std: bool = option(True, "divide advantages by the group's standard deviation")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
-    # -- the optimizer
     lr: float = option(2e-6, "learning rate of the fp32 master weights", 0, 1)
     warmup: int = option(10, "steps of linear warm-up; constant afterwards", 0)
-    weight_decay: float = option(0.0, "AdamW weight decay", 0, 1)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 1e-6)
     epochs: int = option(1, "passes over a batch; 1 with 1 minibatch is on-policy", 1, 1000)
     minibatches: int = option(1, "optimizer steps a pass", 1, 1000)
-    # -- memory: none of these changes what is computed, but for rounding
+    # The next four change memory and speed, but not what is computed (but for rounding).
     token_budget: int = option(2**14, "padded tokens in a micro-batch; a GPU tries if they fit", 1)
     max_rows: int = option(0, "rows in the KV cache at once (0: what fits the memory)", 0)
     gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory")
     offload: bool = option(False, "master weights and Adam's moments in host memory")
-    # -- the run
     seed: int = option(0, "seed of everything random", 0, 2**62)
-    save_every: int = option(50, "steps between checkpoints (0: only at the end)", 0)
-    keep: int = option(2, "checkpoints to keep", 1)
+    save_every: int = option(50, "steps between checkpoints, two are kept (0: at the end)", 0)
     show_every: int = option(25, "steps between groups shown to read (0: never)", 0)
     track: str = option("", "log the metrics with this package, too: wandb or trackio")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps")
@@ -136,19 +133,18 @@ class Config:
     eval_k: int = option(64, "completions a problem in that table", 1, 1e6)
 
 
-# The built-in task: with no --model these replace the defaults (tiny/README.md).
+# With no --model these replace the defaults: the built-in task (tiny/README.md).
 TINY_FOLDER = Path(__file__).parent / "tiny"
 TINY = {"model": f"{TINY_FOLDER}/generator", "receiver": f"{TINY_FOLDER}/receiver"}
 TINY |= {"data": f"{TINY_FOLDER}/train.jsonl", "eval_data": f"{TINY_FOLDER}/test.jsonl"}
-TINY |= {"prompt": "{question}", "max_new_tokens": 32, "receiver_margin": 4}
-TINY |= {"steps": 150, "lr": 5e-4, "device": "cpu"}
+TINY |= {"prompt": "{question}", "max_new_tokens": 32, "receiver_margin": 4, "device": "cpu"}
+TINY |= {"steps": 150, "lr": 5e-4}
 
 DATA, ROLLOUT, CUT, CONTINUATION, EVALUATION = range(1, 6)  # what random numbers are drawn for
 
 
 def rng(*keys: int) -> np.random.Generator:
-    """rng(seed, purpose, step, ...) depends on its keys alone: streams do not disturb each other,
-    and a resumed run has no state to restore."""
+    """A function of its keys (seed, purpose, step, ..) alone: nothing to restore on resuming."""
     return np.random.default_rng(keys)
 
 
@@ -162,10 +158,7 @@ def require(condition, message: str):
 
 
 # ======================================================================================== records
-# A Rollout carries all that is known of a completion; the steps fill it in, field by field. A batch
-# is a flat list of them: the G of the first problem, the G of the second, ...
-
-
+# A Rollout is filled in step by step. A batch is a flat list: G of a problem, G of the next, ..
 @dataclass(frozen=True)
 class Problem:
     question: str
@@ -173,9 +166,7 @@ class Problem:
 
 
 @dataclass
-class LM:
-    """A causal language model with what is needed to talk to it (see `load_lm`)."""
-
+class LM:  # a causal language model, with what is needed to talk to it
     model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]  # tokens that end a completion
@@ -191,16 +182,14 @@ class LM:
 
 
 @dataclass
-class Completion:
+class Completion:  # what `generate` returns
     tokens: list[int]  # with the stop token, if it was sampled
     logprobs: list[float]  # of these tokens, under the distribution they were drawn from
     finished: bool  # ended by a stop token, not by the length limit
 
 
 @dataclass
-class Cut:
-    """One cut of a rollout and what the receiver made of it (steps 3-5)."""
-
+class Cut:  # of a rollout, and what the receiver made of it (steps 3-5)
     tau: float
     prefix_length: int  # tokens of the generator
     prefix: str
@@ -227,19 +216,16 @@ class Rollout:
 
 
 def grouped(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
-    """The rollouts of a batch, problem by problem."""
     return [rollouts[i : i + group] for i in range(0, len(rollouts), group)]
 
 
 # ======================================================================================= training
-
-
 def train(config: Config, resume: bool = False) -> Path:
     """Run RLTR, or RLVR where transfer_weight is 0; returns the folder of the trained model."""
     check_settings(config)
     with contextlib.closing(Run(config, resume)) as run:
         generator, receiver, tasks = load_everything(config, run.checkpoint)
-        optimizer = MasterAdamW(generator.model, config.lr, config.weight_decay, config.offload)
+        optimizer = MasterAdamW(generator.model, config.lr, offload=config.offload)
         run.begin(optimizer)
 
         bar = tqdm(range(run.start, config.steps))
@@ -264,17 +250,18 @@ def train(config: Config, resume: bool = False) -> Path:
             lap(metrics, "update", rollouts, now)
 
             metrics |= summarize(rollouts, config)
+            bar.set_postfix(reward=metrics["reward"], accuracy=metrics["accuracy"])
+            if config.show_every and (step + 1) % config.show_every == 0:
+                bar.write(show_group(rollouts[: config.group]))
             run.log(metrics, rollouts[: config.group])  # one group, to read
             run.save_if_due(generator, optimizer, step + 1)
-            report(bar, metrics, rollouts, config)
         return run.finish(generator)
 
 
 def sample_rollouts(generator: LM, tasks: list, config: Config, key: tuple) -> list[Rollout]:
     """Step 1: G completions of each problem, y ~ pi(. | x).
     Tasks are pairs of a problem and its prompt in token ids. Sampling is from the full softmax (no
-    top-k, no top-p), for the loss speaks of that distribution. `key`, here and in steps 3 and 4,
-    is the purpose and the step that random numbers are drawn for."""
+    top-k, no top-p), for the loss speaks of that. `key`: what random numbers are drawn for."""
     prompts = [prompt for _, prompt in tasks]
     limits = [min(config.max_new_tokens, generator.context - len(prompt)) for prompt in prompts]
     completions = generator.sample(prompts, limits, config.temperature, config, key, config.group)
@@ -394,12 +381,8 @@ def group_advantages(rewards, normalize_std: bool = True) -> torch.Tensor:
     >>> group_advantages([[1.0, 0.0, 0.0, 1.0], [1.1, 1.1, 1.1, 1.1]]).round(decimals=3).tolist()
     [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
 
-    Dividing by std makes all groups count alike, however small their differences. So a reward of
-    tiny weight decides alone where the others are equal: it revives groups that were dead.
-
-    >>> group_advantages([[1.0, 1.0, 1.0, 1.01]]).round(decimals=2).tolist()
-    [[-0.58, -0.58, -0.58, 1.73]]
-    """
+    Dividing by std makes all groups count alike, however small their differences: a reward of tiny
+    weight decides alone where the others are equal, and revives groups that were dead."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if normalize_std:
@@ -416,10 +399,9 @@ def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
 def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: float) -> torch.Tensor:
     """Step 8 for each token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A). All [N].
     rho = pi / pi_sampling, the probability of a sampled token now over that when it was sampled.
-    With one optimizer step a batch (the default) nothing has changed in between: rho is 1 up to
-    rounding, its gradient is that of log pi, and the clip does nothing. With --epochs or
-    --minibatches it takes away the incentive to move far from pi_sampling.
-    Watch the rewards, not this: at rho = 1 its mean is that of A, whatever was learnt."""
+    With one optimizer step a batch (the default) rho is 1 up to rounding, its gradient is that of
+    log pi, and the mean of this is that of A, whatever was learnt: watch the rewards. With --epochs
+    or --minibatches the clip takes away the incentive to move far from pi_sampling."""
     rho = torch.exp(logp - old_logp)
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(rho * advantage, clipped * advantage)
@@ -444,8 +426,7 @@ def update(generator: LM, optimizer: MasterAdamW, rollouts: list[Rollout], confi
 def add_gradient(generator: LM, rollouts: list[Rollout], config: Config) -> list[torch.Tensor]:
     """Add the gradient of -1/N sum_tokens min(..) to the model's, micro-batch by micro-batch.
     N counts the completion tokens of all `rollouts`, stop tokens included, so the gradient does not
-    depend on the micro-batches. Returns for each of these a tensor [3, its tokens]: objective,
-    entropy and log rho. The optimizer's step uses the gradient and clears it."""
+    depend on the micro-batches. Returns for each: objective, entropy, log rho [3, its tokens]."""
     for module in generator.model.modules():
         # No dropout, as when sampling; but layers recompute activations in training mode only.
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -513,25 +494,19 @@ def micro_batches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollo
 
 
 # ====================================================================================== optimizer
-
-
 class MasterAdamW:
-    """AdamW on fp32 master copies of the weights. (Plain AdamW where the model is fp32 itself.)
-    bf16 has 8 bits of precision: a step of 1e-6 on a weight of 1e-2 rounds to nothing. So steps are
-    made in fp32, where gradients add up as well, and the model gets the rounded result. With
-    `offload` masters and Adam's moments live in host memory; gradients move there once a step."""
+    """AdamW on fp32 master copies of the weights: in bf16, with 8 bits of precision, a step of 1e-6
+    on a weight of 1e-2 rounds to nothing. Gradients add up in fp32 as well. With `offload` masters
+    and Adam's moments live in host memory, where gradients move once a step."""
 
     def __init__(self, model, lr: float, weight_decay: float = 0.0, offload: bool = False):
+        self.weights = list(model.parameters())
         self.masters = []
-        self.copies = []  # (weight, its master) where these are two
         self.sums = {}  # master -> sum of gradients, beside the weight
-        for weight in model.parameters():
-            master = weight
-            if weight.dtype != torch.float32:
-                master = weight.detach().to("cpu" if offload else weight.device, torch.float32)
-                hook = functools.partial(add_up, self.sums, master)
-                weight.register_post_accumulate_grad_hook(hook)
-                self.copies.append((weight, master))
+        for weight in self.weights:
+            device = "cpu" if offload else weight.device
+            master = weight.detach().to(device, torch.float32, copy=True)
+            weight.register_post_accumulate_grad_hook(functools.partial(add_up, self.sums, master))
             self.masters.append(master)
         how = {"betas": (0.9, 0.99), "fused": self.masters[0].device.type == "cuda"}
         self.adam = torch.optim.AdamW(self.masters, lr, weight_decay=weight_decay, **how)
@@ -547,16 +522,16 @@ class MasterAdamW:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if math.isfinite(norm):
             self.adam.step()
-            for weight, master in self.copies:
+            for weight, master in zip(self.weights, self.masters, strict=True):
                 weight.copy_(master)
         self.zero_grad()
         return norm
 
     def zero_grad(self):
-        """Release all gradients, also those that a failed backward pass has left half-way."""
+        """Release all gradients, also those of a backward pass that has failed half-way."""
         self.sums.clear()
         self.adam.zero_grad()
-        for weight, _ in self.copies:
+        for weight in self.weights:
             weight.grad = None
 
 
@@ -585,9 +560,7 @@ def fitting_gradient(generator: LM, optimizer: MasterAdamW, rollouts: list, conf
 
 
 # ====================================================================================== generation
-# One sampler with a KV cache serves generator, receiver and evaluation. Rows that are done leave the
-# batch: the last one moves into their place, and a waiting one takes the place at the end.
-
+# Rows that are done leave the batch: the last one moves into their place, a waiting one to the end.
 MAX_ROWS = 512  # rows in the cache at once, where memory allows
 PREFILL_TOKENS = 8192  # prompt tokens in one forward, about
 GRAPH_DEVICES = {"cuda"}  # none, once a graph has failed
@@ -622,19 +595,18 @@ def generate(
     capacity = min(len(prompts), max_rows or MAX_ROWS, affordable_rows(model, longest))
     sampler = Sampler(model, prompts, limits, capacity, longest, temperature, stop_ids, vocab_size)
     keys = seed if isinstance(seed, tuple) else (seed,)
-    for row, limit in enumerate(limits):
-        uniform = 1 - rng(*keys, row).random(limit)  # in (0, 1]
-        sampler.uniform[row, :limit] = torch.from_numpy(uniform)
+    for row, limit in enumerate(limits):  # in (0, 1]
+        sampler.uniform[row, :limit] = torch.from_numpy(1 - rng(*keys, row).random(limit))
 
     # Long prompts first: neighbours in the queue are of like length, so prefills pad little.
     queue = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     attention_before = model.config._attn_implementation
-    model.eval().set_attn_implementation("rltr_cached")  # looked up by name: cached_attention
+    transformers.AttentionInterface.register("rltr_cached", cached_attention)
+    model.eval().set_attn_implementation("rltr_cached")
     try:
         while queue or sampler.active:
             free = capacity - sampler.active
-            enough = max(1, capacity // 8)  # not a prefill for every single free slot
-            if queue and free >= min(len(queue), enough):
+            if queue and free >= min(len(queue), max(1, capacity // 8)):  # not for every free slot
                 sampler.admit(queue[:free])
                 queue = queue[free:]
             # On a GPU eight steps: to look which rows are done is to wait for it.
@@ -700,27 +672,25 @@ class Sampler:
         self.position[new] = self.start[self.row[new]]
         self.done[new] = False
         self.longest = max(self.longest, len(self.prompts[rows[0]]) - 1)
-        slots_of = []  # (prompt, slots of its samples)
-        for slot, row in enumerate(rows, start=self.active):
-            if not slots_of or slots_of[-1][0] is not self.prompts[row]:
-                slots_of.append((self.prompts[row], []))
-            slots_of[-1][1].append(slot)
+        slot = self.active
         self.active += len(rows)
-        while slots_of and len(slots_of[0][0]) > 1:
-            count = max(1, PREFILL_TOKENS // (len(slots_of[0][0]) - 1))  # so many in a forward
-            ids = [torch.tensor(prompt[:-1]) for prompt, _ in slots_of[:count] if len(prompt) > 1]
-            # Prompts of 2 and 1 samples, in slots 7, 8 and 9: copies (0, 7), (0, 8), (1, 9).
-            copies = [(i, slot) for i in range(len(ids)) for slot in slots_of[i][1]]
-            copies = torch.tensor(copies, device=self.row.device)
+        # [[0, 1], [2, 3]]: rows 0 and 1 have the same prompt
+        groups = [list(g) for _, g in itertools.groupby(rows, lambda row: id(self.prompts[row]))]
+        while groups and len(self.prompts[groups[0][0]]) > 1:
+            count = max(1, PREFILL_TOKENS // (len(self.prompts[groups[0][0]]) - 1))
+            ids = [torch.tensor(self.prompts[rows[0]][:-1]).long() for rows in groups[:count]]
             ids = pad_sequence(ids, batch_first=True).to(self.row.device)  # [B, T]
-            attend = functools.partial(self.attend_in_prompts, copies)
+            copies = [place for place, rows in enumerate(groups[:count]) for _ in rows]
+            copies = torch.tensor(copies, device=ids.device)  # the place in ids, for each slot
+            attend = functools.partial(self.attend_in_prompts, slot, copies)
             self.model.base_model(input_ids=ids, use_cache=False, attend=attend)
-            slots_of = slots_of[count:]
+            slot += len(copies)
+            groups = groups[count:]
 
     def advance(self):
-        """A step of all active slots. On a GPU it is a CUDA graph, recorded once, for to launch its
-        thousand kernels one by one takes longer than to run them. A graph has fixed shapes, so
-        there is one for each bucket of slots (a power of two) and cache length (64, 128, ...)."""
+        """A step of all active slots. On a GPU it is a recorded CUDA graph, as to launch a thousand
+        kernels takes longer than to run them. A graph has fixed shapes: there is one for each
+        number of slots (rounded up to a power of two) and cache length (64, 128, ...)."""
         self.longest = min(self.longest + 1, self.length)
         if self.row.device.type not in GRAPH_DEVICES:
             self.step(self.active, self.longest)
@@ -798,12 +768,12 @@ class Sampler:
             cache[slots[:, None], :, positions] = new.transpose(1, 2)
         return self.cache[layer]
 
-    def attend_in_prompts(self, copies, layer, query, key, value, scaling, window, softcap):
+    def attend_in_prompts(self, slot, copies, layer, query, key, value, scaling, window, softcap):
         """Whole prompts [B, heads, T, D], padded on the right, which causality hides."""
         length = key.shape[2]
         positions = torch.arange(length, device=key.device)[None]  # [1, T]
-        source, target = copies.T
-        self.write(layer, target, positions, key[source], value[source])
+        slots = torch.arange(slot, slot + len(copies), device=key.device)
+        self.write(layer, slots, positions, key[copies], value[copies])
         if softcap is None and (window is None or window >= length):
             # torch's own, for it never holds the scores of a long prompt, [B, heads, T, T].
             how = {"is_causal": True, "scale": scaling, "enable_gqa": key.shape[1] < query.shape[1]}
@@ -828,14 +798,10 @@ def cached_attention(
     return out.transpose(1, 2), None  # [B, T, heads, D], no weights
 
 
-transformers.AttentionInterface.register("rltr_cached", cached_attention)
-
-
 def attention(query, key, value, positions, scaling, window, softcap) -> torch.Tensor:
-    """Attention, written out: scores, mask, softmax, product.
-    query [B, heads, T, D] at positions [B or 1, T], key and value [B, kv_heads, L, D]; returns
-    [B, heads, T, D]. The query heads that share a K/V head stand side by side, as rows of one
-    matrix, so K and V are never expanded."""
+    """Attention, written out: scores, mask, softmax, product. Returns [B, heads, T, D].
+    query [B, heads, T, D] at positions [B or 1, T], key and value [B, kv_heads, L, D]. The query
+    heads that share a K/V head are rows of one matrix, so K and V are never expanded."""
     B, heads, T, D = query.shape
     kv_heads, L = key.shape[1:3]
     groups = heads // kv_heads
@@ -854,9 +820,8 @@ def attention(query, key, value, positions, scaling, window, softcap) -> torch.T
 
 def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tensor):
     """Inverse-CDF sampling: the first token whose cumulative probability reaches u.
-    logits [n, V], uniform [n] in (0, 1] -> tokens [n], log-probs [n]. It needs one random number a
-    token, so that each row can have its own (torch.multinomial draws for the whole batch). As u > 0
-    a token of probability 0 never comes out. Temperature 0: greedy, log-probs of the softmax."""
+    logits [n, V], uniform [n] in (0, 1] -> tokens [n], log-probs [n]. It needs one number a token,
+    a row's own; as u > 0 no token of probability 0 comes out. Greedy: log-probs of the softmax."""
     if temperature not in (0, 1):
         logits = logits.float() / temperature
     probs = logits.softmax(-1, dtype=torch.float32)
@@ -870,17 +835,14 @@ def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tenso
 
 
 # ======================================================================================= answers
-# Is a model's final answer equal to the gold answer? In doubt it is not: reinforcement learning
-# finds every wrong answer that passes for right. No text is executed, and all work is bounded.
+# Is a model's answer equal to the gold answer? In doubt it is not, for reinforcement learning finds
+# what passes for right. No text is executed, and all work is bounded. An answer becomes tokens, and
+# these a value: a kind and its parts, as ("number", 5), ("unit", "cm", ..), ("named", "x", ..).
 MAX_CHARS = 100  # of an answer
-MAX_ITEMS = 30  # of a list
-# At 120 digits rounding hides no difference between answers: not that of √(10^14+1) and 10^7, of
-# 1-e^{-30} and 1, or of 10^50+1 and 10^50. The last 20 digits may get lost on the way.
+# At 120 digits rounding hides no difference, as of √(10^14+1) and 10^7. The last 20 may get lost.
 MP = mpmath.mp.clone()
 MP.dps = 120
 MAX_BITS = 332  # before or behind the point: numbers lie between 10^-100 and 10^100
-# Where there is no \boxed{}: MATH's rare \boxed 2$, and the last line of GSM8K.
-OTHER_ENDS = (r"\\boxed +([^\s{}$][^{}$]*)\$", r"^####[ \t]*([-+$]*[\d.,]*\d)[.%]?[ \t]*$")
 
 
 def is_correct(text: str, gold: str) -> bool:
@@ -898,156 +860,143 @@ def judge_answer(text: str, gold: str) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last \boxed{}, else of \boxed 2$ or a line '#### number', else None.
-    >>> extract_answer(r"\boxed{1}? No: \boxed{\frac{3}{7}}.")
+    r"""The content of the last \boxed{} that holds something, else of a line '#### 5', else None.
+    >>> extract_answer(r"\boxed{1}? No: \boxed{\frac{3}{7}}. So it is in the \boxed{}.")
     '\\frac{3}{7}'
     """
-    _, _, rest = text.replace(r"\fbox", r"\boxed").rpartition(r"\boxed")
-    rest = rest[:10_000].lstrip()  # to bound the work
-    if not rest.startswith("{"):
-        rest = ""
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", rest):
-        if brace[0] == "{":
-            depth += 1
-        elif brace[0] == "}":
-            depth -= 1
-        if depth == 0:
-            return rest[1 : brace.start()].strip() or None
-    for pattern in OTHER_ENDS:
-        found = re.findall(pattern, text[-3 * MAX_CHARS :], re.M)
-        if found:
-            return found[-1]
-    return None
-
-
-def majority_vote(answers: list[str | None]) -> str | None:
-    """The answer with most votes, of several the first. Equal answers vote together, None never."""
-    voters = [answer for answer in answers if answer is not None]
-    votes = [sum(answers_equal(answer, other) for other in voters) for answer in voters]
-    return voters[votes.index(max(votes))] if votes else None
+    boxes = text.replace(r"\fbox", r"\boxed").split(r"\boxed")[1:]
+    for box in reversed(boxes):
+        if re.match(r" [^\s{}$]+\$", box):  # MATH has \boxed 2$
+            return box[1 : box.index("$")]
+        depth = 0
+        for brace in re.finditer(r"\\.|[{}]", box if re.match(r"\s*\{\s*[^\s}]", box) else ""):
+            depth += (brace[0] == "{") - (brace[0] == "}")
+            if depth == 0:
+                return box[: brace.start()].strip()[1:].strip()
+    lines = re.findall(r"^\**####[ \t]*([-+$]*\.?\d[^\r\n]*)", text[-3 * MAX_CHARS :], re.M)
+    return lines[-1].rstrip("* ") if lines else None
 
 
 def answers_equal(a: str, b: str) -> bool:
-    r"""Whether two bare answers are equal. Symmetric, reflexive, never raises.
-    >>> answers_equal(r"\frac{6}{\sqrt{12}}", "sqrt(3)"), answers_equal("[1,2)", "(1,2)")
-    (True, False)
-    """
+    """Whether two bare answers are equal. Symmetric, reflexive, never raises."""
     return compare(a, b) == "right"
 
 
 def compare(a: str, b: str) -> str:
-    """Two bare answers: "right", "wrong", or "unparsed" where one of them is not understood."""
+    """Two bare answers: "right", "wrong", or "unparsed" where one of them is not understood.
+    The polynomial identity test: two expressions in x are equal if they agree at random points, as
+    different ones hardly ever do. Two points are too few, though: at half of them x+1 is |x|+1."""
     a, b = sorted((a.strip(), b.strip()))  # so that their order cannot matter
     if a == b:
         return "right"
     if max(len(a), len(b)) > MAX_CHARS:
         return "unparsed"
-    try:
-        return "right" if same(normalise(a), normalise(b)) else "wrong"
-    except (ValueError, ArithmeticError, RecursionError):
-        return "unparsed"
-
-
-def same(a: str, b: str) -> bool:
-    """Whether two normalised answers are equal: as relations, as lists or as quantities."""
-    if a == b:
-        return a != ""
-    if NAMED.match(a) or NAMED.match(b):
-        return same_relations(a, b)
-    if read_list(a) != ("", [a]) or read_list(b) != ("", [b]):
-        return same_lists(a, b)
-    return same_quantities(a, b)
-
-
-def same_relations(a: str, b: str) -> bool:
-    """x=5 is 5, and x∈(3,∞), which was x>3, is (3,∞). But names may not differ, nor is |x|=5 5."""
-    name, value = split_name(a)
-    other_name, other_value = split_name(b)
-    names = {name, other_name} - {""}
-    return len(names) < 2 and same(value, other_value)
-
-
-def split_name(text: str) -> tuple[str, str]:
-    """("x=", "5") for x=5, and ("", "5") for 5."""
-    value = NAMED.sub("", text)
-    return text.removesuffix(value), value
-
-
-def same_lists(a: str, b: str) -> bool:
-    """Lists, sets and unions in any order; tuples, intervals and matrices in theirs."""
-    brackets, items = read_list(a)
-    other_brackets, others = read_list(b)
-    if brackets != other_brackets or len(items) != len(others) or len(items) > MAX_ITEMS:
-        return False
-    names = {split_name(item)[0] for item in items + others}
-    if brackets not in ("", "∪") or ("" in names and len(names) > 2):  # x=1,y=2 is 1,2, not 2,1
-        return all(map(same, items, others))
-    for item in items:
-        matches = [other for other in others if same(item, other)]
-        if not matches:
-            return False
-        others.remove(matches[0])
-    return True
-
-
-def read_list(text: str) -> tuple[str, list[str]]:
-    """("(]", ["0", "1"]) for (0,1]; the brackets of a set are "", of a union of intervals "∪"."""
-    brackets = ""
-    items = split_outside(text, ",;∪")
-    if len(items) > 1 and "∪" in text and re.search(r"[(\[]", text):
-        brackets = "∪"
-    elif len(items) == 1 and re.fullmatch(r"⦃.*⦄|⟦.*⟧|[(\[].*[,;].*[)\]]", text):
-        brackets = (text[0] + text[-1]).replace("⦃⦄", "")
-        items = split_outside(text[1:-1], ",;∪")
-    return brackets, items
-
-
-def split_outside(text: str, separators: str) -> list[str]:
-    """The pieces of a text between the separators that are outside of all brackets."""
-    pieces = [""]
-    depth = 0
-    for character in text:
-        if character in "([{⦃⟦":
-            depth += 1
-        elif character in ")]}⦄⟧":
-            depth -= 1
-        if depth == 0 and character in separators:
-            pieces.append("")
-        else:
-            pieces[-1] += character
-    return pieces
-
-
-def same_quantities(a: str, b: str) -> bool:
-    """5@cm, a number with a known unit, is 5 or 5@cms, but not 5@km."""
-    value, _, unit = a.partition("@")
-    other, _, other_unit = b.partition("@")
-    units = {PLURAL.sub("", unit), PLURAL.sub("", other_unit)} - {""}
-    return len(units) < 2 and same_values(value, other)
-
-
-def same_values(a: str, b: str) -> bool:
-    """The polynomial identity test: two expressions in x are equal if they agree at random points,
-    as different ones do so only by a rare accident. Points where one is undefined do not count,
-    and one or two would not do: x+1 and |x|+1 agree at half of them."""
-    points = range(16) if NAME.search(a + b) else range(1)
+    if tokenize(a) == tokenize(b):
+        return "right" if tokenize(a) else "wrong"
+    points = 16 if "name:" in " ".join(tokenize(a) + tokenize(b)) else 1
     agreed = 0
-    for point in points:
-        try:
-            u = value_at(point, a)
-            v = value_at(point, b)
-        except ArithmeticError:
-            continue
-        if abs(u - v) > abs(u) / 10**100:
+    try:
+        for point in range(points):
+            with contextlib.suppress(ArithmeticError):  # undefined, or too large to compute
+                if not equal(value_at(point, a), value_at(point, b)):
+                    return "wrong"
+                agreed += 1
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return "unparsed"
+    return "right" if agreed >= min(3, points) else "unparsed"
+
+
+def equal(u: tuple, v: tuple) -> bool:
+    """Of two values. x=5 is 5, and 5 cm is 5; but x=5 is not y=5, nor 5 cm 5 km."""
+    for kind in ("named", "set", "unit"):
+        if u[0] == v[0] == kind and u[1] != v[1]:
             return False
-        agreed += 1
-    return agreed >= min(3, len(points))
+        u = u[2] if u[0] == kind else u
+        v = v[2] if v[0] == kind else v
+    if u[0] in NUMERIC and v[0] in NUMERIC:
+        return abs(u[-1] - v[-1]) <= abs(u[-1]) / 10**100
+    if u[0] != v[0] or len(u) != len(v) or u[0] == "word":
+        return u == v
+    names = {part[1] for part in u[1:] + v[1:] if part[0] == "named"}
+    if u[0] not in (",", "∪") or len(names) > 1:  # x=1,y=2 is 1,2, but not 2,1
+        return all(map(equal, u[1:], v[1:]))
+    # In any order, but every part as often here as there.
+    return all(sum(equal(p, q) for q in u[1:]) == sum(equal(p, q) for q in v[1:]) for p in u[1:])
+
+
+# What has several spellings, in pairs.
+SPELLINGS = r"""\times *  \cdot *  × *  · *  \div /  ÷ /  per /  − -  \pm ±  \le ≤  \leq ≤  <= ≤
+\leqslant ≤  \ge ≥  \geq ≥  >= ≥  \geqslant ≥  \lt <  \gt >  \ne ≠  \neq ≠  != ≠  \approx =  \in ∈
+\cup ∪  and ,  or ∪  & ,  ; ,  \infty ∞  \pi π  pi π  e e  i i  \sqrt √  sqrt √  \{ ⦃  \} ⦄  \$ $
+\% unit:%  % unit:%  percent unit:%  ° unit:°  degrees unit:°  \emptyset word:∅
+\varnothing word:∅  \dfrac \frac  \tfrac \frac  \cfrac \frac  \vert |  \lvert |  \rvert |
+YES word:yes  NO word:no  sin \sin  cos \cos  tan \tan  ln \ln  log \log10  \log \log10
+\arcsin \asin  \arccos \acos  \arctan \atan"""
+SPELLING = dict(zip(SPELLINGS.split()[::2], SPELLINGS.split()[1::2], strict=True))
+UNITS = """cm m km mm in inche inch ft feet foot yd yard mile mph g kg lb pound oz ounce gram L
+liter s sec second min minute h hr hour day week month year dollar cent rad radian unit square sq
+cubic people student book page apple egg cup card box boxe game grade point piece am pm old"""
+TOKENS = {  # kind of token: what it looks like
+    "text": r"\\(?:text[a-z]*|mathrm|mbox)\s*\{[^{}]*\}",
+    "nothing": r"[\s~\u00a0\u2009\u202f]|\\[,;:!> ()\[\]]|\\q?quad(?![a-z])|(?<!\\)\$"
+    r"|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|angle|mathbf|boldsymbol|vec)(?![a-z])"
+    r"|(?<=\d)\s*\^?\{?\s*(?:\\(?:text|mathrm)\s*\{)?(?:st|nd|rd|th)\b[\s}]*",  # 12^{th}
+    "degree": r"\^\s*\{?\s*(?:\\circ(?![a-z])|°)\s*\}?|\\degree",
+    "begin": r"\\begin\s*\{(?:[pb]?matrix|array)\}(?:\{[lcr|]*\})?",
+    "end": r"(?:\\\\\s*)?\\end\s*\{(?:[pb]?matrix|array)\}",
+    "row": r"\\\\",
+    "number_in_groups": r"(?<![\d.,}])[1-9]\d{0,2}(?:(?:,|\{,\}|\\,|,\\!\s?|[\u2009\u202f])\d{3})+"
+    r"(?![\d,]|[^(\[{]*[)\]}])(?:\.\d+)?",  # 12,500 outside of brackets
+    "number_after_frac": r"(?<=frac)\d|(?<=frac )\d|(?<=frac\d)\d|(?<=frac \d)\d|(?<=\d\})\d",
+    "mixed": r"(?<![\w.^}/])\d+(?=\s*\\[dt]?frac(?:\d\d|\{\d+\}\{\d+\})|\s+\d+/\d+(?![\w.^]))",
+    "word": r'"[A-Za-z.]+|(?<![\d)}A-Za-z])[A-Za-z]{3,}|(?<=\d)[a-z]{4,}|(?<=[\d\s])cm\b|^(?i:no)$'
+    r"|(?<=\s)(?:km|mm|ft|in|kg|am|pm)\b|(?<![A-Za-z])(?:pi|or|ln|sin|cos|tan|log)(?![a-z])",
+    "name": r"(?:[fghPQ](?:\^\{-1\})?\([\w.-]*\)|[A-Z]+|[a-z]|\d+(?=_)|\\(?:alpha|beta|gamma|delta|"
+    r"epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega)(?![a-z]))'*(?:_\{[^{}]*\}|_\w)?",
+    "number": r"(?<=\d\s)\d+/\d+(?![\w.^])|\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![\w.]))?|\.\d+",
+    "sign": r"\\[A-Za-z]+|\\.|[<>!]=|!+|.",
+}
+TOKEN = re.compile("|".join(f"(?P<{kind}>{row})" for kind, row in TOKENS.items()), re.A | re.S)
+SIGNS = {"nothing": "", "begin": "⟦ (", "row": ") , (", "end": ") ⟧", "degree": "unit:°"}
 
 
 @functools.lru_cache(10_000)
-def value_at(point: int, text: str) -> MP.mpf | MP.mpc:
-    tokens = ["", *reversed(TOKEN.findall(text))]  # to be taken from the end
+def tokenize(text: str) -> list[str]:
+    """Tokens of one spelling each: signs, numbers, names, units and other words."""
+    text = re.sub(r"(?<![.,])\\?[.,;:]?[\s*\\]*$", "", text).lstrip("* ")
+    tokens = []
+    for match in TOKEN.finditer(text):
+        kind = match.lastgroup.partition("_")[0]
+        token = match[0].strip('" ')
+        unit = re.sub(r"(?<=\w\w)s$", "", token)
+        if token in SPELLING:
+            tokens.append(SPELLING[token])
+        elif kind in SIGNS:
+            tokens += SIGNS[kind].split()
+        elif kind == "text":  # its words are words, however short
+            for part in re.findall(r"[A-Za-z.]+|[^A-Za-z.~{}\s]+", token.partition("{")[2]):
+                tokens += tokenize('"' + part.replace(".", "") if part[0].isalpha() else part)
+        elif kind == "mixed":  # 2\frac{1}{4}
+            tokens += [token, "⊕"]
+        elif kind == "word" and unit in UNITS.split():
+            tokens.append("unit:" + unit)
+        elif kind == "word" and len(token) > 1:  # North is north, but DNA is not Dna
+            tokens.append("word:" + (token.lower() if token.istitle() else token))
+        else:
+            mark = "name:" if kind in ("name", "word") else ""
+            tokens.append(token if kind == "sign" else mark + re.sub(r"[{}\\,!\s]", "", token))
+    return tokens
+
+
+@functools.lru_cache(10_000)
+def value_at(point: int, text: str) -> tuple:
+    r"""The value of an answer at a point, that is for certain values of its letters.
+    >>> tokenize(r"\left(\frac12, 5\text{ cm}\right]")
+    ['(', '\\frac', '1', '2', ',', '5', 'unit:cm', ']']
+    >>> value_at(0, r"\left(\frac12, 5\text{ cm}\right]")
+    ('(]', ('number', mpf('0.5')), ('unit', 'cm', ('number', mpf('5.0'))))
+    """
+    tokens = ["", *reversed(tokenize(text))]  # taken from the end of the list
     value = parse(tokens, point, 0)
     if tokens != [""]:
         raise ValueError("the rest is not understood")
@@ -1055,171 +1004,116 @@ def value_at(point: int, text: str) -> MP.mpf | MP.mpc:
 
 
 def value_of_name(name: str, point: int) -> MP.mpf:
-    """As good as random, but the same in both answers. Small and large values of both signs occur:
-    |x-100| differs from 100-x at large values only, |x+y| from x+y at negative ones, √(x²y²) from
-    xy where the signs are mixed."""
-    size = 3 * 10 ** (point % 4)
-    return MP.mpf(random.Random(f"{name} {point}").uniform(-size, size))
+    """A random number for both answers. It is small or large, as |x-100| is 100-x at small x."""
+    return MP.mpf(random.Random(f"{name} {point}").uniform(-3, 3)) * 10 ** (point % 4)
 
 
-def parse(tokens: list[str], point: int, level: int) -> MP.mpf | MP.mpc:
-    """A Pratt parser that computes as it reads. It stops at an operator that binds no more than
-    level: a sum binds 1, a product 2, one without a sign 3 (in sin 2x cos x), a power 5."""
+def parse(tokens: list[str], point: int, level: int) -> tuple:
+    """A Pratt parser that computes as it reads, to an operator that binds no more than level."""
     value = parse_atom(tokens, point)
-    limit = 14 if level == RIGHT_LEVELS["^"] else MAX_BITS  # an exponent is below 2^14
     while True:
         sign = tokens[-1]
-        if value != 0 and not abs(MP.mag(value)) < limit:
-            raise OverflowError("too large, too small or undefined")
-        if sign == "!" and level < 4:  # 2^{3}! is (2^3)!
-            tokens.pop()
-            value = MP.factorial(value)
+        if level < UNIT and sign.startswith("unit:"):
+            unit = ""  # m/s, cm^2, square miles
+            while tokens[-1] in ("/", "^") or tokens[-1].startswith("unit:"):
+                sign = tokens.pop().removeprefix("unit:")
+                unit += f"^{parse(tokens, point, POSTFIX)}" if sign == "^" else sign
+            value = ("unit", unit, value)
         elif level < LEVELS.get(sign, 0):
             tokens.pop()
-            value = OPERATIONS[sign](value, parse(tokens, point, RIGHT_LEVELS[sign]))
-        elif level < 3 and FACTOR.match(sign) and not (level == 2 and ENDS_ARGUMENT.match(sign)):
-            value *= parse(tokens, point, 3)
+            if sign in ("!", "unit:°"):
+                value = apply(sign, value)
+            elif sign != "," or tokens[-1] not in (",", "∪"):  # but 1, 2, and 3
+                value = apply(sign, value, parse(tokens, point, RIGHT_LEVELS[sign]))
+        elif level < FACTOR and (sign.startswith("name:") or level < FACTOR_LEVELS.get(sign, 0)):
+            value = apply("*", value, parse(tokens, point, FACTOR))
         else:
             return value
 
 
-def parse_atom(tokens: list[str], point: int) -> MP.mpf | MP.mpc:
+def parse_atom(tokens: list[str], point: int) -> tuple:
     token = tokens.pop()
-    if token in ("+", "-"):
-        return OPERATIONS[token](0, parse(tokens, point, 3))
-    if token in CLOSING:
-        value = parse(tokens, point, 0)
-        if tokens.pop() != CLOSING[token]:
-            raise ValueError("a bracket is not closed")
-        return abs(value) if token == "|" else value
-    if token == r"\frac":
-        return parse_atom(tokens, point) / parse_atom(tokens, point)
-    if token.startswith("√"):
-        radicand = parse_atom(tokens, point)
-        return MP.sqrt(radicand) if token == "√" else MP.root(radicand, int(token[2:-1]))
-    function, _, exponent = token.partition("^")
-    if function in FUNCTIONS:
-        argument = parse_atom(tokens, point) if tokens[-1] in CLOSING else parse(tokens, point, 2)
-        return FUNCTIONS[function](argument) ** int(exponent or 1)
-    if token in CONSTANTS:
-        return CONSTANTS[token]
-    return value_of_name(token, point) if NAME.fullmatch(token) else MP.mpf(token)
+    if token.startswith("name:"):
+        return ("name", token[5:], value_of_name(token[5:], point))
+    if token.startswith("word:"):
+        return ("word", token)
+    if token in ("+", "-", "±"):
+        return apply(token, ("number", 0), parse(tokens, point, FACTOR))
+    if token in (r"\frac", r"\binom"):
+        return apply(token, parse_atom(tokens, point), parse_atom(tokens, point))
+    if token == "√":
+        index = parse_atom(tokens, point) if tokens[-1] == "[" else ("number", 2)
+        return apply("^", parse_atom(tokens, point), apply("/", ("number", 1), index))
+    if token == "$":
+        return ("unit", "dollar", parse_atom(tokens, point))
+    if token in FUNCTIONS:
+        in_brackets = tokens[-1] in OPENING
+        argument = parse_atom(tokens, point) if in_brackets else parse(tokens, point, ARGUMENT)
+        return apply(token, argument)
+    if token not in OPENING:
+        return ("number", CONSTANTS.get(token) or MP.mpf(token))
+    value = parse(tokens, point, 0)
+    brackets = token + tokens.pop()
+    if brackets not in BRACKETS or brackets + value[0] == "⦃⦄word":
+        raise ValueError("a bracket is not closed")
+    if token == "|":
+        return apply("|", value)
+    if token == "⦃":
+        return ("set", "", value)
+    if value[0] == "," and token != "{":
+        return (brackets, *value[1:])
+    return (brackets, value) if token == "⟦" else value
 
 
-PLURAL = re.compile(r"(?<=\w\w)s\b")  # of a unit; alone s is a second, and ms are thousandths
-OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow}
-LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 5}
-RIGHT_LEVELS = {"+": 1, "-": 1, "*": 3, "/": 3, "^": 4}  # 1/2x is (1/2)x, 2^3^2 is 2^(3^2)
-FUNCTIONS = {r"\sin": MP.sin, r"\cos": MP.cos, r"\tan": MP.tan, r"\cot": MP.cot, r"\sec": MP.sec}
-FUNCTIONS |= {r"\csc": MP.csc, r"\ln": MP.ln, r"\log": MP.log10, r"\arctan": MP.atan}
-FUNCTIONS |= {r"\arcsin": MP.asin, r"\arccos": MP.acos, r"\exp": MP.exp}
-CONSTANTS = {"π": +MP.pi, "e": MP.exp(1), "i": MP.mpc(0, 1), "°": MP.pi / 180}
-CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
-ENDS_ARGUMENT = re.compile(r"\\(sin|cos|tan|cot|sec|csc|ln|log|exp|arc(?:sin|cos|tan))|[({\[|]")
-# A name is a letter, a word, capitals (AB is a segment) or a number in another base, with an index.
-GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega"
-LETTER = rf"(?<![\d)}}])[A-Za-z]{{3,}}|[A-Z]{{2,}}|[A-Za-z∞]|\\(?:{GREEK})(?![a-z])|\d+(?=_)"
-NAME = re.compile(rf"(?:{LETTER})'*(?:_(?:\{{[^{{}}]*\}}|\w))?", re.A)
-TOKEN = re.compile(rf"\s*({NAME.pattern}|\d+\.?\d*|\.\d+|√\[\d\]|\\[a-z]+(?:\^\d)?|!+|\S)", re.A)
-# What may follow a factor without a sign: the x of 2x, but no number and no word.
-FACTOR = re.compile(r"(?![A-Za-z]{3})[A-Za-z∞({√π°\\]")
-# What stands before a value: x=5 is the answer 5, but x=y is not y.
-NAMED = re.compile(
-    rf"^(?:{NAME.pattern}"  # x=5, AB=5
-    r"|[A-Zf-hpq]'*(?:\^\{-1\})?\([-\w.,]*\)"  # f(2)=5, f^{-1}(2)=5
-    r"|\([a-z](?:,[a-z])+\)"  # (x,y)=(1,2)
-    r"|[A-Z]+:[A-Z]+"  # A:B=5
-    r"|\\frac\{(?:d[a-z]|[A-Z]+)\}\{(?:d[a-z]|[A-Z]+)\}"  # \frac{dy}{dx}=5, \frac{AB}{CD}=5
-    r")[=≈∈](?![A-Za-z]$)(?=[^=≈∈]+$)"  # the only such sign
-)
+@functools.lru_cache(10_000)
+def apply(sign: str, *values: tuple) -> tuple:
+    """A number, list, union or relation. OverflowError: it is too large to compute."""
+    if sign in OPERATIONS:
+        numbers = [value[-1] for value in values]
+        if sign in ("^", "!") and numbers[-1] != 0 and not MP.mag(numbers[-1]) < 14:
+            raise OverflowError("too large")
+        number = OPERATIONS[sign](*numbers)
+        if number != 0 and not abs(MP.mag(number)) < MAX_BITS:
+            raise OverflowError("too large, too small or undefined")
+        return ("number", number)
+    u, v = values
+    if sign == "±":
+        return (",", apply("+", u, v), apply("-", u, v))
+    if sign == "∪" and (v[0] in NUMERIC or v[0] == "named" and v[2][0] in NUMERIC):  # 5 or 6
+        sign = ","
+    if sign in (",", "∪"):
+        return (*u, v) if u[0] == sign else (sign, u, v)
+    if sign in MIRRORED and u[0] == "number" and v[0] == "name":  # 5>x is x<5
+        return apply(MIRRORED[sign], v, u)
+    if sign in ("<", "≤") and v[0] == "named" and v[2][1] == LOW:  # 1<x≤5
+        return ("named", v[1], (("(" if sign == "<" else "[") + v[2][0][1], u, v[2][2]))
+    if sign != "≠" and u[0] in ("name", "word") and v[0] != "name":  # x=5, x<5
+        half_lines = {"<": ("()", LOW, v), "≤": ("(]", LOW, v)}
+        half_lines |= {">": ("()", v, TOP), "≥": ("[)", v, TOP)}
+        return ("named", u[1], half_lines.get(sign, v))
+    return v if sign == "=" and equal(u, v) else (sign, u, v)  # 2+3=5 is 5
 
 
-def normalise(text: str) -> str:
-    """One way to write what has several: symbols, the rewrites in their order, words in small."""
-    text = COMMAND.sub(lambda command: SYMBOL.get(command[0], command[0]), text)
-    for pattern, replacement, _ in REWRITES:
-        text = pattern.sub(replacement, text)
-    return re.sub(r"\b[A-Z](?=[a-z]{3}|es\b|o\b)", lambda letter: letter[0].lower(), text)
-
-
-COMMAND = re.compile(r"\\\\|\\[A-Za-z]+|\\[{}%]|[<>!]=|[×·÷−²&]|(?<![A-Za-z])[a-z]+(?![A-Za-z])")
-SYMBOLS = r"""
-\times *  \cdot *  × *  · *  \div /  ÷ /  − -  \pm ±  \le ≤  \leq ≤  <= ≤  \ge ≥  \geq ≥  >= ≥
-\lt <  \gt >  \ne ≠  \neq ≠  != ≠  \approx ≈  \in ∈  \cup ∪  \infty ∞  \pi π  pi π  \sqrt √  sqrt √
-\{ ⦃  \} ⦄  \% %  pct %  percent %  degrees °  ² ^2  \dfrac \frac  \tfrac \frac  \cfrac \frac
-and ,  or ∪  per /  \emptyset ∅  \varnothing ∅  & ,  \\ ),(  \setminus ∖  sin \sin  cos \cos
-tan \tan  ln \ln  log \log  \leqslant ≤  \geqslant ≥  \degree °  \vert |  \lvert |  \rvert |
-"""
-SYMBOL = dict(pair.split() for pair in re.split("  |\n", SYMBOLS.strip()))
-# One rewrite a line: what is found, what it becomes, an example. Words in capitals are in PARTS.
-TABLE = r"""
-(?<![\d.,}])([1-9]\d{0,2})GROUPGROUP?GROUP?(?![\d,]|[^(\[⦃]*[)\]⦄])  \1\2\3\4  1,234,567 -> 1234567
-\\(?:left|right|[bB]igg?[lrm]?)(?![a-z])(?:\.(?!\d))?|\\!  ""  \left(5 -> (5
-\\(?:(?:display|text)style|limits|angle|math(?:bf|it)|boldsymbol|vec)(?![a-z])  ""  \mathbf{x} -> x
-\\mathbb ?(?:\{R\}|R)|^[Aa]ll real numbers$  (-∞,∞)  x \in \mathbb{R} -> x∈(-∞,∞)
-(?<!\\)\$((?:[^$]|(?<=\\)\$)*)(?<!\\)\$|(?<!\\)\\[()\[\]]  " \1 "  $5$ -> 5
-[\[(]?\\begin ?\{(?:[pb]?matrix|array)\}(?:\{[lcr|]*\})?  ⟦(  \begin{bmatrix}5\end{bmatrix} -> ⟦(5)⟧
-(?:\),\( ?)?\\end ?\{(?:[pb]?matrix|array)\} ?[\])]?  )⟧  \begin{pmatrix}1&2\end{pmatrix} -> ⟦(1,2)⟧
-(?:\\[,;:> ]|\\q?quad(?![a-z])|[~\s])+  " "  5 \, x -> 5 x
-\^ ?\{? ?(?:\\circ(?![a-z])|°) ?\}?  °  45^\circ -> 45@°
-(?<![\w.)}])\\?\$ ?(\d(?:[\d,.]*\d)?|\.\d+)  "\1 dollars"  \$18 -> 18@dollars
-(?<=\d) ?\^?\{? ?(?:\\(?:text|mathrm)\{)?(?:st|nd|rd|th)\b[ }]*  " "  12^{th} grade -> 12@grade
-START(NUMBER) ?\\(?:text|mathrm|mbox) ?\{ ?(UNIT)[. ]*\}(POWER) ?STOP  \1@\2\3  5\text{ m} -> 5@m
-\\(?:text[a-z]*|mathrm|[mh]box|operatorname)\*? ?\{([^{}]*)\}  " \1 "  \text{east} -> east
-[ ]{2,}  " "  \text{May } 20 -> May 20
-START(NUMBER)(?: |(?=cm|[°%]|[a-z]{3}))(?![A-Za-z]\b)(UNIT) ?STOP  \1@\2  15 hours -> 15@hours
-^ *\(?([A-J])[.)] +(?![-+*/=<>^_!,|(])(?!.*\b[A-J]\b).*  \1  (C) 18 -> C
-(?<=\d) *([ap])\.?m\b\.?  \1m  3:15 p.m. -> 3:15pm
-(?<=\d) ?x ?(?=10 ?\^)  *  3 x 10^4 -> 3*10^4
-\\frac ?(\d) ?(\d)  \\frac{\1}{\2}  \frac12 -> \frac{1}{2}
-(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d{1,3})(?![\w.])  (\1*10^{\2})  2.5e-3 -> (2.5*10^{-3})
-(?<![\w.^}/])(\d+) (\d+) ?/ ?(\d+)(?![\w.])  (\1+\\frac{\2}{\3})  2 1/4 -> (2+\frac{1}{4})
-(?<![\d.^_])(\d+) ?(\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})  (\1+\2)  2\frac14 -> (2+\frac{1}{4})
-(?<=,)[ ,]+|(?<=\W) | (?=\W)|^ |(?<![.,])[.,;:]? ?$  ""  1, 2, and 3. -> 1,2,3
-^\{([^{}]*)\}$  \1  {5} -> 5
-([_^])\{(\w)\}(?!\w)  \1\2  x_{1} -> x_1
-START(NUMBER)≈[\d.]+STOP  \1  \frac{1}{7} \approx 0.143 -> \frac{1}{7}
-(?<![^,;∪=])FIGURE+=(?=FIGURE+(?:@.*)?STOP)  ""  9-4=5 -> 5
-START(VAR)([<≤]VALUE)STOP  -∞<\1\2  x≤3 -> x∈(-∞,3]
-START(VAR)>(VALUE)STOP  \2<\1<∞  x>3 -> x∈(3,∞)
-START(VAR)≥(VALUE)STOP  \2≤\1<∞  x≥3 -> x∈[3,∞)
-START(VALUE)<(VAR)(?=[<≤]VALUE)  \2∈(\1,  1<x<5 -> x∈(1,5)
-START(VALUE)≤(VAR)(?=[<≤]VALUE)  \2∈[\1,  1≤x<5 -> x∈[1,5)
-(?<=,)<(VALUE)STOP  \1)  1<x<5 -> x∈(1,5)
-(?<=,)≤(VALUE)STOP  \1]  1<x≤5 -> x∈(1,5]
-([(\[])([^(),]*),([^(),]*)([)\]])∖⦃([^,⦄]*)⦄  \1\2,\5)∪(\5,\3\4  (0,9)\setminus\{2\} -> (0,2)∪(2,9)
-(?<![^,;∪⦃])([^,;∪⦃±]*)±([^,;∪⦄±]*)  \1+\2,\1-\2  1±√2 -> 1+√2,1-√2
-"""
-PARTS = {
-    "GROUP": r"(?:(?:,|\{,\}|\\,|,\\! ?)(\d{3}))",
-    "START": r"(?<![^,;∪])",  # of an item of a list
-    "STOP": r"(?=\.? *(?:[,;∪]|$))",
-    # A number, perhaps named, as in x = 5; \frac, brackets, signs and exponents belong to it.
-    "NUMBER": r"(?:[^=≈,;∪@]*[=≈] ?)?(?:\\frac|[^A-Za-z\\,;∪@])*[\d)}π]",
-    "VAR": r"[A-Za-z](?:_\w|\([a-z]\))?",
-    # A character of a value without names: 9-4 is three of them.
-    "FIGURE": r"(?:\\frac|[^A-Za-z\\=≈≠<≤>≥,;∪@±])",
-    "VALUE": "[^<≤>≥=,;∪]+",
-    "UNIT": "ONE(?:(?: ?/ ?| )ONE)*",
-    "ONE": r"(?<![A-Za-z])(?:cm|m|km|mm|in|inch|inches|ft|feet|foot|yd|yard|mile|mph|g|kg|lb|pound|"
-    r"oz|ounce|(?:centi|milli|kilo)?(?:meter|gram|liter)|L|mL|gallon|s|sec|second|min|minute|h|hr|"
-    r"hour|day|week|month|year|dollar|cent|%|°|rad|radian|unit|J|N|W|V|A|K|eV|meV|MeV|erg|Hz|"
-    r"people|student|children|book|page|coin|apple|egg|cup|card|box|boxe|cookie|marble|ticket|tree|"
-    r"game|team|point|piece|slice|digit|side|integer|solution|triangle|way|time|grade|square|sq|"
-    r"cubic)s?(?![A-Za-z])POWER",
-    "POWER": r"(?: ?\^\{?-?[1-9]\}?)?",
-}
-REWRITES = []
-for row in TABLE.strip("\n").splitlines():
-    pattern, replacement, example = row.split("  ")
-    for word, part in PARTS.items():
-        pattern = pattern.replace(word, part)
-    REWRITES.append((re.compile(pattern, re.A), replacement.strip('"'), example))
+ROWS = [", ∪", "= ∈ ≠ < ≤ > ≥", "", "± + -", "* /", "", "! unit:°", "^", "⊕"]  # from loose to tight
+LEVELS = {sign: level for level, row in enumerate(ROWS, 1) for sign in row.split()}
+RIGHT_LEVELS = LEVELS | dict.fromkeys("=∈≠<≤>≥", 1) | {"*": 6, "/": 6, "^": 7}
+UNIT, ARGUMENT, FACTOR, POSTFIX = 3, 5, 6, 7
+NUMERIC = ("number", "name")
+MIRRORED = {"<": ">", "≤": "≥", ">": "<", "≥": "≤", "=": "="}
+FUNCTION_NAMES = "sin cos tan cot sec csc asin acos atan ln log10 exp"
+FUNCTIONS = {"\\" + name: getattr(MP, name) for name in FUNCTION_NAMES.split()}
+FACTOR_LEVELS = dict.fromkeys(["√", r"\frac", r"\binom", *"πei"], 6)
+FACTOR_LEVELS |= dict.fromkeys([*FUNCTIONS, "(", "{"], 5)  # they end the 2x of sin 2x cos x
+OPERATIONS = {"+": add, "⊕": add, "-": sub, "*": mul, "/": truediv, r"\frac": truediv, "^": pow}
+OPERATIONS |= {"|": abs, "!": MP.factorial, r"\binom": MP.binomial, "unit:°": MP.radians}
+OPERATIONS |= FUNCTIONS
+CONSTANTS = {"π": MP.pi * 1, "e": MP.exp(1), "i": MP.mpc(0, 1), "∞": value_of_name("∞", 3)}
+LOW, TOP = ("number", -CONSTANTS["∞"]), ("number", CONSTANTS["∞"])
+BRACKETS = ("()", "(]", "[)", "[]", "{}", "||", "⦃⦄", "⟦⟧")
+OPENING = tuple(brackets[0] for brackets in BRACKETS)
 
 
 # ================================================================================ models, problems
-
-
 def load_everything(config: Config, checkpoint: Path | None):
     """The generator, the receiver (None where b = 0), and the tasks: problem and prompt ids."""
     problems = load_problems(config.data, config.split, config.limit)
@@ -1253,10 +1147,6 @@ def draw_problems(tasks: list, count: int, seed: int, step: int) -> list:
     epochs = {place // len(tasks) for place in places}
     orders = {epoch: rng(seed, DATA, epoch).permutation(len(tasks)) for epoch in epochs}
     return [tasks[orders[place // len(tasks)][place % len(tasks)]] for place in places]
-
-
-# Of chat templates: no thinking, where that can be switched, and always the same date.
-CHAT = {"tokenize": False, "enable_thinking": False, "strftime_now": date(2026, 1, 1).strftime}
 
 
 def encode_prompt(lm: LM, question: str, prompt: str = PROMPT) -> list[int]:
@@ -1299,8 +1189,7 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     for what, weights in report.items():  # missing, unexpected, of another shape; an adapter's base
         require(not weights, f"model {name}: its weights are not those of its config ({what})")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
-    # Most models have more rows than their tokenizer has tokens, some fewer.
-    vocab_size = min(tokens, model.get_input_embeddings().num_embeddings)
+    vocab_size = min(tokens, model.get_input_embeddings().num_embeddings)  # most have more rows
     lm = LM(model.eval(), tokenizer, find_stop_ids(model, tokenizer), vocab_size, context)
     require(lm.stop_ids, f"model {name}: no end-of-text token in its tokenizer or config")
     check_model(lm)  # while it is on the CPU and in fp32
@@ -1315,8 +1204,7 @@ def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
     """eos of tokenizer and generation_config, and what the chat template writes after a turn.
     Qwen2.5 *base* has eos <|endoftext|>, but its template ends turns with <|im_end|>."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = configured if isinstance(configured, list) else [configured]
-    stops = {tokenizer.eos_token_id, *stops}
+    stops = {tokenizer.eos_token_id, *np.ravel(configured).tolist()}  # there may be several
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "sentinel"}]
         after_turn = tokenizer.apply_chat_template(turn, **CHAT).rpartition("sentinel")[2]
@@ -1326,7 +1214,6 @@ def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
 
 
 def save_lm(lm: LM, folder: Path):
-    """An ordinary transformers folder, weights as safetensors."""
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
 
@@ -1344,14 +1231,13 @@ def check_model(lm: LM):
     state spaces, unknown heads. They show in a number computed in three ways: the log-probabilities
     of a few tokens by the sampler, by the trainer, and by the model's own plain forward."""
     config = lm.model.config.get_text_config()
-    # Beyond some length these kinds of rope change all positions: cached keys would be outdated.
-    rope = str(getattr(config, "rope_parameters", None))  # may be nested by layer type
+    # With these, all positions change beyond some length. (As text, for it can be nested.)
+    rope = str(getattr(config, "rope_parameters", None))
     served = "'longrope'" not in rope and "'dynamic'" not in rope
     prompt = [i % lm.vocab_size for i in range(8)]
     try:
         [c] = generate(lm.model, [prompt], max_new_tokens=4, vocab_size=lm.vocab_size)
-        rollout = Rollout(None, prompt, c.tokens, c.logprobs, True, "")
-        trained = completion_logprobs(lm, [rollout])[0]
+        trained = completion_logprobs(lm, [Rollout(None, prompt, c.tokens, [], True, "")])[0]
         ids = torch.tensor([prompt + c.tokens])
         logits = lm.model(input_ids=ids, use_cache=False).logits[0, 7:-1, : lm.vocab_size]
         plain = logits.float().log_softmax(-1).gather(1, ids[0, 8:, None]).squeeze(1)
@@ -1359,15 +1245,9 @@ def check_model(lm: LM):
         served = served and ((ours - plain).abs() < 1e-3).all()  # in fp32: rounding only
     except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # they say what they are
-    except Exception:  # of its code, when it is used in a way that it does not know
+    except Exception:  # of the model's code, which does not know our attention
         served = False
     require(served, f"model type {config.model_type} is not served: unusual attention or head")
-
-
-# Short names of data sets: hub id, and configuration where there are several.
-SOURCES = {"gsm8k": "openai/gsm8k:main", "math": "nlile/hendrycks-MATH-benchmark"}
-SOURCES |= {"math500": "HuggingFaceH4/MATH-500", "aime24": "math-ai/aime24"}
-SOURCES |= {"amc23": "math-ai/amc23"}
 
 
 def load_problems(source: str, split=None, limit=None, prefer: str = "train") -> list[Problem]:
@@ -1382,8 +1262,7 @@ def load_problems(source: str, split=None, limit=None, prefer: str = "train") ->
     columns = rows[0].keys() if rows else ()
     questions = [name for name in ("question", "problem", "prompt") if name in columns]
     answers = [name for name in ("answer", "solution") if name in columns]
-    needs = "no rows with a question, problem or prompt, and an answer or solution"
-    require(questions and answers, f"{source}: {needs}; columns: {', '.join(columns)}")
+    require(questions and answers, f"{source}: no question or no answer in {', '.join(columns)}")
     problems = []
     for number, row in enumerate(rows, 1):
         cells = [row.get(column) for column in (questions[0], answers[0])]
@@ -1405,17 +1284,14 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
         return list(datasets.load_dataset(kind, data_files=source, split="train"))
     name, _, configuration = SOURCES.get(source, source).partition(":")
     splits = datasets.load_dataset(name, configuration or None)
-    only = list(splits)[0] if len(splits) == 1 else prefer
-    return list(splits[split or (prefer if prefer in splits else only)])
+    return list(splits[split or (next(iter(splits)) if len(splits) == 1 else prefer)])
 
 
 # =================================================================================== a run on disk
-# config.json, metrics.jsonl (a line a step), rollouts.jsonl (a group a step), checkpoints/, final/.
-# Killed at any moment, a run goes on from its last checkpoint as if nothing had happened.
-
-
 class Run:
-    """The folder of a run. It has one writer: a new run makes it, a resumed one takes its lock."""
+    """The folder of a run: config.json, metrics.jsonl (a line a step), rollouts.jsonl (a group a
+    step), checkpoints/, final/. Killed at any moment, a run goes on from its last checkpoint as if
+    nothing had happened. A folder has one writer: a new run makes it, a resumed one locks it."""
 
     def __init__(self, config: Config, resume: bool):
         name = f"{Path(config.model).name}-b{config.transfer_weight:g}-seed{config.seed}"
@@ -1426,10 +1302,7 @@ class Run:
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         if resume:
             self.lock.acquire()  # or an error that names it
-        else:
-            require(
-                not self.folder.exists(), f"{self.folder}: exists; --resume it, or another --out"
-            )
+        require(resume or not self.folder.exists(), f"{self.folder}: exists; --resume, or --out")
         self.checkpoint = max(self.checkpoints(), default=None)
         self.start = int(self.checkpoint.name[5:]) if self.checkpoint else 0
 
@@ -1444,25 +1317,21 @@ class Run:
                 state = torch.load(self.checkpoint / "optimizer.pt", "cpu", weights_only=True)
                 optimizer.adam.load_state_dict(state["adam"])
                 for master, saved in zip(optimizer.masters, state["masters"], strict=True):
-                    master.data.copy_(saved)
+                    master.copy_(saved)
             except Exception as error:  # of many kinds, by how it is damaged
-                advice = "is damaged; delete it to go on from an earlier one"
-                raise UserError(f"{self.checkpoint} {advice} ({error})") from None
+                raise UserError(f"{self.checkpoint}: damaged; delete it ({error})") from None
         if not self.lock.is_locked:
             self.folder.mkdir(parents=True)
             self.lock.acquire()
         for log in self.folder.glob("*.jsonl"):
-            kept = 0  # bytes
-            for line in log.read_bytes().splitlines(keepends=True):
-                step = re.match(rb'\{"step": (\d+),.*\n', line)  # None: torn by a crash
-                if step is None or int(step[1]) > self.start:
-                    break
-                kept += len(line)
-            os.truncate(log, kept)
+            lines = log.read_bytes().splitlines(keepends=True)
+            steps = [re.match(rb'\{"step": (\d+),.*\n', line) for line in lines]  # None: torn
+            kept = [step[0] for step in steps if step and int(step[1]) <= self.start]
+            os.truncate(log, len(b"".join(kept)))
         partial = self.folder / "config.json.partial"
         partial.write_text(json.dumps(vars(self.config), indent=1))
         partial.replace(self.folder / "config.json")
-        if self.tracker:  # a resumed run goes on, by its name (trackio) or id (wandb)
+        if self.tracker:  # by name (trackio) or id (wandb) a resumed run goes on
             os.environ.setdefault("WANDB_RUN_ID", self.folder.name)
             self.tracker.init(project="rltr", name=self.folder.name, resume="allow")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1474,12 +1343,10 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def log(self, metrics: dict, rollouts: list[Rollout]):
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        with open(self.folder / "rollouts.jsonl", "a") as file:
-            for rollout in rollouts:
-                row = {"step": metrics["step"], **dataclasses.asdict(rollout)}
-                file.write(json.dumps(row) + "\n")
+        rows = [{"step": metrics["step"], **dataclasses.asdict(rollout)} for rollout in rollouts]
+        for name, lines in (("metrics.jsonl", [metrics]), ("rollouts.jsonl", rows)):
+            with open(self.folder / name, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         if self.tracker:
             self.tracker.log(metrics, step=metrics["step"])
 
@@ -1491,7 +1358,7 @@ class Run:
                 save_lm(generator, folder)
                 state = {"adam": optimizer.adam.state_dict(), "masters": optimizer.masters}
                 torch.save(state, folder / "optimizer.pt")
-            for old in self.checkpoints()[: -self.config.keep]:
+            for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old, ignore_errors=True)  # Windows keeps files that are in use
         if self.signal:
             print(f"\nstopped; go on with: python rltr.py --resume {self.folder}")
@@ -1505,7 +1372,7 @@ class Run:
         return self.folder / "final"
 
     def close(self):
-        """However the run ended: its folder is free, and Ctrl-C is Python's again."""
+        """However the run ended: the folder is free, and Ctrl-C is Python's again."""
         self.lock.release()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1526,13 +1393,11 @@ def complete_folder(folder: Path):
 
 
 # ======================================================================================= reporting
-
-
 def lap(metrics: dict, phase: str, rollouts: list[Rollout], start: float) -> float:
     """Note seconds and tokens/s of a phase that began at `start` and ends now; returns now."""
-    tokens = sum(len(r.tokens) for r in rollouts)
-    if phase == "transfer":
-        tokens = sum(cut.continuation_length for r in rollouts for cut in r.cuts)
+    sampled = sum(len(r.tokens) for r in rollouts)
+    continued = sum(cut.continuation_length for r in rollouts for cut in r.cuts)
+    tokens = continued if phase == "transfer" else sampled
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -1572,8 +1437,7 @@ def summarize(rollouts: list[Rollout], config: Config) -> dict:
 
 
 def update_metrics(token_figures: list[torch.Tensor], norms: list[float], config: Config) -> dict:
-    """The metrics of step 8: none if all groups were dead, or if any optimizer step was skipped as
-    its gradient was not finite."""
+    """The metrics of step 8; none where all groups were dead or a gradient was not finite."""
     metrics = {"skipped": sum(not math.isfinite(norm) for norm in norms)}
     if norms and not metrics["skipped"]:
         objective, entropy, log_rho = torch.cat(token_figures, dim=1).double()  # each [N]
@@ -1586,27 +1450,15 @@ def update_metrics(token_figures: list[torch.Tensor], norms: list[float], config
     return metrics
 
 
-def report(bar, metrics: dict, rollouts: list[Rollout], config: Config):
-    """The numbers that matter on the progress bar; now and then a group to read."""
-    shown = ("reward", "accuracy", "transfer", "length", "tokens_per_s_sample")
-    figures = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
-    bar.set_postfix(figures)
-    if config.show_every and metrics["step"] % config.show_every == 0:
-        bar.write(show_group(rollouts[: config.group]))
-
-
 def show_group(group: list[Rollout]) -> str:
-    """A group to read: the problem, a rollout with its cut, the continuation, all the rewards."""
+    """A group to read: the problem, a rollout with its cuts and continuations, all the rewards."""
     problem = group[0].problem
-    lines = [f"--- problem (answer {problem.answer}): {problem.question}"]
-    lines.append(f"--- rollout: {group[0].text}")
+    lines = [f"--- {problem.question} (answer {problem.answer})", group[0].text]
     for cut in group[0].cuts:
-        verdict = "right" if cut.correct else "wrong"
-        lines.append(f"--- cut at tau = {cut.tau:.2f}: {cut.prefix} >>|<<")
-        lines.append(f"--- the receiver goes on ({verdict}): {cut.continuation}")
+        lines.append(f"--- cut at tau = {cut.tau:.2f}: {cut.prefix} >>|<< {cut.continuation}")
     for r in group:
-        rewards = "".join(f"{name} {value:.2f}  " for name, value in r.rewards.items())
-        lines.append(f"    {rewards}reward {r.reward:.2f}  advantage {r.advantage:+.2f}")
+        rewards = "  ".join(f"{name} {value:.2f}" for name, value in r.rewards.items())
+        lines.append(f"    {rewards}  reward {r.reward:.2f}  advantage {r.advantage:+.2f}")
     return printable("\n".join(lines))
 
 
@@ -1618,9 +1470,8 @@ def printable(text: str) -> str:
 
 
 # ==================================================================================== command line
-
-# What may differ when a run is resumed, because it does not change its course.
-HARMLESS = {"resume", "out", "steps", "save_every", "keep", "show_every", "eval_data", "eval_k"}
+# May differ when a run is resumed, because they do not change its course.
+HARMLESS = {"resume", "out", "steps", "save_every", "show_every", "eval_data", "eval_k"}
 HARMLESS |= {"track", "token_budget", "max_rows", "gradient_checkpointing", "offload"}
 
 
@@ -1657,11 +1508,9 @@ def check_settings(config: Config):
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         low, high = f.metadata["low"], f.metadata["high"]
-        fits = low is None or low <= value <= high
-        require(fits, f"--{f.name.replace('_', '-')} {value}: must be from {low} to {high:g}")
+        if low is not None:
+            require(low <= value <= high, f"{f.name} {value}: must be from {low} to {high:g}")
     require("{question}" in config.prompt, "--prompt: {question} is missing in it")
-    weights = [value for name, value in vars(config).items() if name.endswith("_weight")]
-    require(any(weights), "all reward weights are 0")
 
 
 def run_command(name: str, function, argv: list[str] | None) -> int:
@@ -1672,8 +1521,8 @@ def run_command(name: str, function, argv: list[str] | None) -> int:
         function(argv)
         return 0
     except torch.OutOfMemoryError:
-        message = "out of memory; try --gradient-checkpointing, --offload, a smaller --token-budget"
-        message += " or --max-rows; a run that has begun goes on with --resume"
+        flags = "--gradient-checkpointing, --offload, a smaller --token-budget or --max-rows"
+        message = f"out of memory; try {flags}; a run that has begun goes on with --resume"
     except (UserError, OSError, ImportError, torch.AcceleratorError) as error:
         message = str(error)
     print(printable(f"{name}: {' '.join(message.split())}")[:2000], file=sys.stderr)
@@ -1684,8 +1533,7 @@ def train_and_show(argv: list[str] | None):
     config, resume = parse_arguments(argv)
     final = train(config, resume)
     print(f"the trained model: {final}")
-    # A table (before, after) and a page, by processes of their own: the memory is free then.
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # for the processes that make a table, before and after, and a page
     for script, *flags in (["eval.py", "--run"], ["tools/report.py"]):
         path = Path(__file__).parent / script
         if path.exists() and (config.eval_data or script != "eval.py"):
