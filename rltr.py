@@ -7,7 +7,7 @@ continues from there, and the share of right endings is a reward beside the usua
 
 Problem x has the right answer g, the generator pi writes rollouts y for it, of |y| tokens without
 the stop token, M is the receiver. Start at `train`: its loop is these eight steps, each in the
-function named here. They end before line 500; what stands below may be skipped.
+function named here. They end before line 500; what stands below them may be skipped.
 
     1  y_1..y_G ~ pi(. | x)                       G rollouts of a problem       sample_rollouts
     2  R_ans = 1[answer(y) = g]                   is the final answer right?    score_answers
@@ -18,14 +18,15 @@ function named here. They end before line 500; what stands below may be skipped.
     7  A = (R - mean_group) / (std_group + eps)   against its own group         assign_advantages
     8  ascend 1/N sum min(rho A, clip(rho) A)     policy gradient (GRPO)        update
 
-R_fmt: y stopped by itself and has an answer, in a box. rho = pi / pi_sampling of a token, N tokens.
+R_fmt: y stopped by itself and has an answer (\\boxed{} or #### 5). rho = pi / pi_sampling of a
+token, N tokens. GRPO: group-relative policy optimization; RLVR: RL with verifiable rewards (R_ans).
 
 From the paper: steps 1-7 with K = 1, format with weight 1, then GRPO; one frozen receiver, tau
 uniform with floor, binary rewards. We do not know its a, b, models, learning rate, group size and
 receiver decoding. Ours, each of them a flag or one function:
   1. a = b = 1, and c = 0.1 where the paper has 1; models, lr and sizes as in `Config`.
   2. The receiver samples at temperature 1. It may write as many tokens as the generator had left
-     of --max-new-tokens, plus a margin of 64; a prefix that is too long for its context scores 0.
+     of --max-new-tokens, plus a margin of 64; a prefix too long for its context scores 0.
   3. The loss is one token mean over the rollouts of an optimizer step, clipped at 0.8 and 1.28.
   4. Groups whose rewards are all equal hold no information: they leave the update and N.
   5. The stop token is stripped before the cut: with it the receiver's turn would end at tau = 1.
@@ -64,7 +65,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from datetime import date
 from operator import add, mul, sub, truediv
 from pathlib import Path
 
@@ -79,8 +79,6 @@ from tqdm import tqdm
 
 # ======================================================================================= settings
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
-# For chat templates: no thinking, where that can be switched, and always the same date.
-CHAT = {"tokenize": False, "enable_thinking": False, "strftime_now": date(2026, 1, 1).strftime}
 # Short names of data sets: hub id, and configuration where there are several.
 SOURCES = {"gsm8k": "openai/gsm8k:main", "math": "nlile/hendrycks-MATH-benchmark"}
 SOURCES |= {"math500": "HuggingFaceH4/MATH-500", "aime24": "math-ai/aime24"}
@@ -119,8 +117,9 @@ class Config:  # every field is a flag of the command line, with its help text
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 1e-6)
     epochs: int = option(1, "passes over a batch; 1 with 1 minibatch is on-policy", 1, 1000)
     minibatches: int = option(1, "optimizer steps a pass", 1, 1000)
-    # The next four change memory and speed, but not what is computed (but for rounding).
-    token_budget: int = option(2**14, "padded tokens in a micro-batch; a GPU tries if they fit", 1)
+    token_budget: int = option(
+        2**14, "padded tokens in a micro-batch; halved where a GPU lacks memory", 1
+    )
     max_rows: int = option(0, "rows in the KV cache at once (0: what fits the memory)", 0)
     gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory")
     offload: bool = option(False, "master weights and Adam's moments in host memory")
@@ -174,11 +173,10 @@ class LM:  # a causal language model, with what is needed to talk to it
     context: int  # longest sequence in tokens
 
     def sample(self, prompts, limits, temperature, config, key, samples=1) -> list[Completion]:
-        """`generate` with this model's stop tokens and vocabulary, from the stream of `key`."""
-        how = {"stop_ids": self.stop_ids, "vocab_size": self.vocab_size}
-        how |= {"max_rows": config.max_rows, "seed": (config.seed, *key), "samples": samples}
-        how |= {"max_new_tokens": limits, "temperature": temperature}
-        return generate(self.model, prompts, **how)
+        """`generate`, prompt by prompt, with this model's stop tokens and vocabulary."""
+        how = {"stop_ids": self.stop_ids, "vocab_size": self.vocab_size, "samples": samples}
+        how |= {"max_new_tokens": limits, "temperature": temperature, "max_rows": config.max_rows}
+        return generate(self.model, prompts, seed=(config.seed, *key), **how)
 
 
 @dataclass
@@ -189,7 +187,7 @@ class Completion:  # what `generate` returns
 
 
 @dataclass
-class Cut:  # of a rollout, and what the receiver made of it (steps 3-5)
+class Cut:  # a cut of a rollout, and what the receiver made of it (steps 3-5)
     tau: float
     prefix_length: int  # tokens of the generator
     prefix: str
@@ -232,7 +230,7 @@ def train(config: Config, resume: bool = False) -> Path:
         for step in bar:
             now = time.perf_counter()
             lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))  # linear warm-up
-            optimizer.set_lr(lr)
+            optimizer.adam.param_groups[0]["lr"] = lr
             metrics = {"step": step + 1, "lr": lr}
             batch = draw_problems(tasks, config.prompts, config.seed, step)
 
@@ -248,7 +246,6 @@ def train(config: Config, resume: bool = False) -> Path:
             assign_advantages(rollouts, config)  # 7
             metrics |= update(generator, optimizer, rollouts, config)  # 8
             lap(metrics, "update", rollouts, now)
-
             metrics |= summarize(rollouts, config)
             bar.set_postfix(reward=metrics["reward"], accuracy=metrics["accuracy"])
             if config.show_every and (step + 1) % config.show_every == 0:
@@ -261,7 +258,7 @@ def train(config: Config, resume: bool = False) -> Path:
 def sample_rollouts(generator: LM, tasks: list, config: Config, key: tuple) -> list[Rollout]:
     """Step 1: G completions of each problem, y ~ pi(. | x).
     Tasks are pairs of a problem and its prompt in token ids. Sampling is from the full softmax (no
-    top-k, no top-p), for the loss speaks of that. `key`: what random numbers are drawn for."""
+    top-k, no top-p), for the loss speaks of that. `key` selects a stream of random numbers."""
     prompts = [prompt for _, prompt in tasks]
     limits = [min(config.max_new_tokens, generator.context - len(prompt)) for prompt in prompts]
     completions = generator.sample(prompts, limits, config.temperature, config, key, config.group)
@@ -292,8 +289,7 @@ def cut_rollouts(rollouts: list[Rollout], generator: LM, config: Config, key: tu
 
 
 def cut_at(rollout: Rollout, generator: LM, tau: float) -> Cut:
-    """A cut at tau, which training draws and evaluation has fixed.
-    To cut elsewhere, at the end of a sentence say, drop tokens from `prefix` and decode again."""
+    """A cut at tau. (Training draws it, evaluation does not.) To cut elsewhere, drop tokens."""
     prefix = cut_prefix(rollout.tokens, tau, generator.stop_ids)
     text = decode(generator.tokenizer, prefix)
     return Cut(tau, len(prefix), text, leaked=extract_answer(text) is not None)
@@ -336,7 +332,6 @@ def continue_cuts(rollouts: list, generator: LM, receiver: LM, config: Config, k
                 waiting.append((cut, prefix))
                 prompts.append(prompt)
                 limits.append(min(room, max(1, limit)))
-
     completions = receiver.sample(prompts, limits, config.receiver_temperature, config, key)
     for (cut, prefix), completion in zip(waiting, completions, strict=True):
         # A token's text depends on what is before it: after "The" a token may read " cat", and
@@ -399,9 +394,9 @@ def live_groups(rollouts: list[Rollout], group: int) -> list[list[Rollout]]:
 def policy_objective(logp, old_logp, advantage, clip_low: float, clip_high: float) -> torch.Tensor:
     """Step 8 for each token: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A). All [N].
     rho = pi / pi_sampling, the probability of a sampled token now over that when it was sampled.
-    With one optimizer step a batch (the default) rho is 1 up to rounding, its gradient is that of
-    log pi, and the mean of this is that of A, whatever was learnt: watch the rewards. With --epochs
-    or --minibatches the clip takes away the incentive to move far from pi_sampling."""
+    With one optimizer step a batch (the default) rho is 1 up to rounding, and its gradient is that
+    of log pi. The objective itself is then just the mean of A and shows no progress: watch the
+    rewards. With --epochs or --minibatches the clip stops moves far away from pi_sampling."""
     rho = torch.exp(logp - old_logp)
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(rho * advantage, clipped * advantage)
@@ -411,16 +406,15 @@ def update(generator: LM, optimizer: MasterAdamW, rollouts: list[Rollout], confi
     """Step 8: ascend the token mean of the objective over all groups that are not dead.
     One optimizer step, or `epochs` passes of `minibatches` steps, each with an N of its own."""
     live = live_groups(rollouts, config.group)
-    token_figures = []
+    figures = []  # of tokens
     norms = []
     for _ in range(config.epochs):
         for number in range(config.minibatches):
-            groups = live[number :: config.minibatches]
-            minibatch = [rollout for group in groups for rollout in group]
+            minibatch = [rollout for rows in live[number :: config.minibatches] for rollout in rows]
             if minibatch:
-                token_figures += fitting_gradient(generator, optimizer, minibatch, config)
+                figures += fitting_gradient(generator, optimizer, minibatch, config)  # add_gradient
                 norms.append(optimizer.step(config.max_grad_norm))
-    return update_metrics(token_figures, norms, config)
+    return update_metrics(figures, norms, config)
 
 
 def add_gradient(generator: LM, rollouts: list[Rollout], config: Config) -> list[torch.Tensor]:
@@ -428,7 +422,7 @@ def add_gradient(generator: LM, rollouts: list[Rollout], config: Config) -> list
     N counts the completion tokens of all `rollouts`, stop tokens included, so the gradient does not
     depend on the micro-batches. Returns for each: objective, entropy, log rho [3, its tokens]."""
     for module in generator.model.modules():
-        # No dropout, as when sampling; but layers recompute activations in training mode only.
+        # No dropout, as in sampling; but layers recompute activations in training mode only.
         module.training = getattr(module, "gradient_checkpointing", False)
     total_tokens = sum(len(rollout.tokens) for rollout in rollouts)  # N
     token_figures = []
@@ -451,8 +445,7 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
     reduced to two numbers a token, and made once more in the backward pass (`recompute`)."""
     device = lm.model.device
     rows = [torch.tensor((rollout.prompt + rollout.tokens)[:-1]) for rollout in rollouts]
-    # Padding on the right needs no mask, as causality hides it, and lengths say which tokens count,
-    # never a comparison with a pad id.
+    # Padded on the right: causality hides that, and lengths (no pad id) say which tokens count.
     ids = pad_sequence(rows, batch_first=True).to(device)  # [B, T]
     states = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, E]
     parts = []
@@ -464,9 +457,9 @@ def completion_logprobs(lm: LM, rollouts: list[Rollout], temperature: float = 1.
 
     chunk = chunk or max(1, 2**27 // lm.vocab_size)
     figures = []
-    for part_states, part_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
-        part = (lm, part_states, part_targets, temperature)
-        figures.append(recompute(token_logprobs, *part, use_reentrant=False))  # [2, chunk]
+    for part in zip(states.split(chunk), targets.split(chunk), strict=True):
+        part_figures = recompute(token_logprobs, lm, *part, temperature, use_reentrant=False)
+        figures.append(part_figures)  # [2, chunk]
     return torch.cat(figures, dim=1)
 
 
@@ -496,8 +489,8 @@ def micro_batches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollo
 # ====================================================================================== optimizer
 class MasterAdamW:
     """AdamW on fp32 master copies of the weights: in bf16, with 8 bits of precision, a step of 1e-6
-    on a weight of 1e-2 rounds to nothing. Gradients add up in fp32 as well. With `offload` masters
-    and Adam's moments live in host memory, where gradients move once a step."""
+    on a weight of 1e-2 rounds to nothing. Gradients of micro-batches add up in fp32, too. With
+    `offload` masters and Adam's moments live in host memory; gradients move there once a step."""
 
     def __init__(self, model, lr: float, weight_decay: float = 0.0, offload: bool = False):
         self.weights = list(model.parameters())
@@ -510,9 +503,6 @@ class MasterAdamW:
             self.masters.append(master)
         how = {"betas": (0.9, 0.99), "fused": self.masters[0].device.type == "cuda"}
         self.adam = torch.optim.AdamW(self.masters, lr, weight_decay=weight_decay, **how)
-
-    def set_lr(self, lr: float):
-        self.adam.param_groups[0]["lr"] = lr
 
     @torch.no_grad()
     def step(self, max_norm: float) -> float:
@@ -530,9 +520,8 @@ class MasterAdamW:
     def zero_grad(self):
         """Release all gradients, also those of a backward pass that has failed half-way."""
         self.sums.clear()
-        self.adam.zero_grad()
-        for weight in self.weights:
-            weight.grad = None
+        for tensor in self.weights + self.masters:
+            tensor.grad = None
 
 
 def add_up(sums: dict, master: torch.Tensor, weight: torch.Tensor):
@@ -553,7 +542,7 @@ def fitting_gradient(generator: LM, optimizer: MasterAdamW, rollouts: list, conf
         except torch.OutOfMemoryError:
             if config.token_budget < 2 * longest:  # a row a micro-batch
                 raise
-        # Behind the handler: until here the exception holds the tensors of the failed trial.
+        # After the handler: inside it the exception still holds the tensors of the failed trial.
         optimizer.zero_grad()
         torch.cuda.empty_cache()
         config.token_budget //= 2
@@ -583,7 +572,7 @@ def generate(
     models with ordinary attention. max_new_tokens may be one number for each prompt. Temperature 0
     is greedy. Tokens from vocab_size on never come out. max_rows and the free memory bound the rows
     in the cache at once; the others wait. The random numbers of completion i depend on (seed, i)
-    alone, so its text does not depend on the other rows. UserError: outputs are not finite."""
+    alone, so (but for rounding) its text does not depend on other rows. UserError: not finite."""
     if not prompts:
         return []
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -597,7 +586,6 @@ def generate(
     keys = seed if isinstance(seed, tuple) else (seed,)
     for row, limit in enumerate(limits):  # in (0, 1]
         sampler.uniform[row, :limit] = torch.from_numpy(1 - rng(*keys, row).random(limit))
-
     # Long prompts first: neighbours in the queue are of like length, so prefills pad little.
     queue = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     attention_before = model.config._attn_implementation
@@ -609,7 +597,7 @@ def generate(
             if queue and free >= min(len(queue), max(1, capacity // 8)):  # not for every free slot
                 sampler.admit(queue[:free])
                 queue = queue[free:]
-            # On a GPU eight steps: to look which rows are done is to wait for it.
+            # On a GPU eight steps between two looks, as looking makes the CPU wait.
             for _ in range(8 if model.device.type in GRAPH_DEVICES else 1):
                 sampler.advance()
             sampler.release()
@@ -707,9 +695,9 @@ class Sampler:
             with torch.cuda.graph(graph, pool=pools[0] if pools else None):
                 self.step(slots, length)  # is recorded, not run
             self.graphs[slots, length] = graph
-        except RuntimeError as error:  # a model that waits for the device, say
+        except RuntimeError as error:  # its forward waits for the device, say
             GRAPH_DEVICES.clear()
-            torch.cuda.set_stream(torch.cuda.default_stream())
+            torch.cuda.set_stream(torch.cuda.default_stream())  # the failed capture left its own
             print(f"no CUDA graphs, so sampling is slow: {error}", file=sys.stderr)
 
     def step(self, slots: int, length: int):
@@ -821,7 +809,7 @@ def attention(query, key, value, positions, scaling, window, softcap) -> torch.T
 def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tensor):
     """Inverse-CDF sampling: the first token whose cumulative probability reaches u.
     logits [n, V], uniform [n] in (0, 1] -> tokens [n], log-probs [n]. It needs one number a token,
-    a row's own; as u > 0 no token of probability 0 comes out. Greedy: log-probs of the softmax."""
+    a row's own. As u > 0 no token of probability 0 comes out (rounding aside: hence the clamp)."""
     if temperature not in (0, 1):
         logits = logits.float() / temperature
     probs = logits.softmax(-1, dtype=torch.float32)
@@ -831,7 +819,7 @@ def sample_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tenso
         cdf = probs.cumsum(-1)
         tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN: `completions` complains
-    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).clamp(min=1e-37).log()
 
 
 # ======================================================================================= answers
@@ -868,11 +856,13 @@ def extract_answer(text: str) -> str | None:
     for box in reversed(boxes):
         if re.match(r" [^\s{}$]+\$", box):  # MATH has \boxed 2$
             return box[1 : box.index("$")]
-        depth = 0
-        for brace in re.finditer(r"\\.|[{}]", box if re.match(r"\s*\{\s*[^\s}]", box) else ""):
-            depth += (brace[0] == "{") - (brace[0] == "}")
-            if depth == 0:
-                return box[: brace.start()].strip()[1:].strip()
+        if re.match(r"\s*\{\s*[^\s}]", box):  # not the word alone, nor an empty box
+            depth = 0
+            for brace in re.finditer(r"\\.|[{}]", box):
+                depth += {"{": 1, "}": -1}.get(brace[0], 0)
+                if depth == 0:
+                    return box[: brace.start()].strip()[1:].strip()
+            return None  # it is not closed
     lines = re.findall(r"^\**####[ \t]*([-+$]*\.?\d[^\r\n]*)", text[-3 * MAX_CHARS :], re.M)
     return lines[-1].rstrip("* ") if lines else None
 
@@ -906,8 +896,9 @@ def compare(a: str, b: str) -> str:
     return "right" if agreed >= min(3, points) else "unparsed"
 
 
+@functools.lru_cache(10_000)
 def equal(u: tuple, v: tuple) -> bool:
-    """Of two values. x=5 is 5, and 5 cm is 5; but x=5 is not y=5, nor 5 cm 5 km."""
+    """Of two values. x=5 is 5, 5 cm is 5, and 1,2 is 2,1; but x=5 is not y=5, nor 5 cm 5 km."""
     for kind in ("named", "set", "unit"):
         if u[0] == v[0] == kind and u[1] != v[1]:
             return False
@@ -918,9 +909,8 @@ def equal(u: tuple, v: tuple) -> bool:
     if u[0] != v[0] or len(u) != len(v) or u[0] == "word":
         return u == v
     names = {part[1] for part in u[1:] + v[1:] if part[0] == "named"}
-    if u[0] not in (",", "∪") or len(names) > 1:  # x=1,y=2 is 1,2, but not 2,1
+    if u[0] not in (",", "∪") or len(names) > 1 or len(u) > 10:  # x=1,y=2 is 1,2, but not 2,1
         return all(map(equal, u[1:], v[1:]))
-    # In any order, but every part as often here as there.
     return all(sum(equal(p, q) for q in u[1:]) == sum(equal(p, q) for q in v[1:]) for p in u[1:])
 
 
@@ -1054,7 +1044,7 @@ def parse_atom(tokens: list[str], point: int) -> tuple:
         return ("number", CONSTANTS.get(token) or MP.mpf(token))
     value = parse(tokens, point, 0)
     brackets = token + tokens.pop()
-    if brackets not in BRACKETS or brackets + value[0] == "⦃⦄word":
+    if brackets not in BRACKETS or (token == "⦃" and value[0] == "word"):
         raise ValueError("a bracket is not closed")
     if token == "|":
         return apply("|", value)
@@ -1096,14 +1086,15 @@ def apply(sign: str, *values: tuple) -> tuple:
 
 ROWS = [", ∪", "= ∈ ≠ < ≤ > ≥", "", "± + -", "* /", "", "! unit:°", "^", "⊕"]  # from loose to tight
 LEVELS = {sign: level for level, row in enumerate(ROWS, 1) for sign in row.split()}
-RIGHT_LEVELS = LEVELS | dict.fromkeys("=∈≠<≤>≥", 1) | {"*": 6, "/": 6, "^": 7}
 UNIT, ARGUMENT, FACTOR, POSTFIX = 3, 5, 6, 7
+# Of the right operand: 1/2x is (1/2)x, and 2^3^2 is 2^(3^2).
+RIGHT_LEVELS = LEVELS | dict.fromkeys("=∈≠<≤>≥", 1) | {"*": FACTOR, "/": FACTOR, "^": POSTFIX}
 NUMERIC = ("number", "name")
 MIRRORED = {"<": ">", "≤": "≥", ">": "<", "≥": "≤", "=": "="}
 FUNCTION_NAMES = "sin cos tan cot sec csc asin acos atan ln log10 exp"
 FUNCTIONS = {"\\" + name: getattr(MP, name) for name in FUNCTION_NAMES.split()}
-FACTOR_LEVELS = dict.fromkeys(["√", r"\frac", r"\binom", *"πei"], 6)
-FACTOR_LEVELS |= dict.fromkeys([*FUNCTIONS, "(", "{"], 5)  # they end the 2x of sin 2x cos x
+FACTOR_LEVELS = dict.fromkeys(["√", r"\frac", r"\binom", *"πei"], FACTOR)
+FACTOR_LEVELS |= dict.fromkeys([*FUNCTIONS, "(", "{"], ARGUMENT)  # they end the 2x of sin 2x cos x
 OPERATIONS = {"+": add, "⊕": add, "-": sub, "*": mul, "/": truediv, r"\frac": truediv, "^": pow}
 OPERATIONS |= {"|": abs, "!": MP.factorial, r"\binom": MP.binomial, "unit:°": MP.radians}
 OPERATIONS |= FUNCTIONS
@@ -1137,7 +1128,8 @@ def encode_problems(lm: LM, problems: list[Problem], prompt: str, new_tokens: in
     fitting = [task for task in tasks if len(task[1]) + new_tokens <= lm.context]
     report = f"{len(fitting)} of {len(tasks)} prompts leave room for {new_tokens} new tokens"
     require(fitting, f"{report} (--max-new-tokens) in a context of {lm.context}")
-    print(report, file=sys.stderr)
+    if len(fitting) < len(tasks):
+        print(report, file=sys.stderr)
     return fitting
 
 
@@ -1149,6 +1141,15 @@ def draw_problems(tasks: list, count: int, seed: int, step: int) -> list:
     return [tasks[orders[place // len(tasks)][place % len(tasks)]] for place in places]
 
 
+def write_chat(tokenizer, messages: list[dict], **how) -> str:
+    """Messages in the chat template: no thinking, and always the same date (else no --resume)."""
+    template = (
+        "{% macro strftime_now(form) %}1 January 2026{% endmacro %}" + tokenizer.chat_template
+    )
+    how |= {"chat_template": template, "tokenize": False, "enable_thinking": False}
+    return tokenizer.apply_chat_template(messages, **how)
+
+
 def encode_prompt(lm: LM, question: str, prompt: str = PROMPT) -> list[int]:
     """The question in the model's own form, as token ids: its chat template, or "Question: ...
     Answer:" where it has none. BOS exactly once, or never, as the tokenizer wants."""
@@ -1156,7 +1157,7 @@ def encode_prompt(lm: LM, question: str, prompt: str = PROMPT) -> list[int]:
     text = f"Question: {content}\nAnswer:"
     if lm.tokenizer.chat_template:
         messages = [{"role": "user", "content": content}]
-        text = lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **CHAT)
+        text = write_chat(lm.tokenizer, messages, add_generation_prompt=True)
     ids = lm.tokenizer.encode(text, add_special_tokens=False)
     bos = lm.tokenizer.bos_token_id
     wants_bos = bos in lm.tokenizer.encode("") and ids[:1] != [bos]  # and the template has none
@@ -1194,6 +1195,7 @@ def load_lm(name: str, device: str = "cpu") -> LM:
     require(lm.stop_ids, f"model {name}: no end-of-text token in its tokenizer or config")
     check_model(lm)  # while it is on the CPU and in fp32
     if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)  # for graphs and memory figures
         for weight in model.parameters():  # not the buffers: rotary frequencies need fp32
             weight.data = weight.data.bfloat16()
     model.to(device)
@@ -1207,7 +1209,7 @@ def find_stop_ids(model, tokenizer) -> tuple[int, ...]:
     stops = {tokenizer.eos_token_id, *np.ravel(configured).tolist()}  # there may be several
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "sentinel"}]
-        after_turn = tokenizer.apply_chat_template(turn, **CHAT).rpartition("sentinel")[2]
+        after_turn = write_chat(tokenizer, turn).rpartition("sentinel")[2]
         ids = tokenizer.encode(after_turn, add_special_tokens=False)
         stops.update([token for token in ids if token in tokenizer.added_tokens_decoder][:1])
     return tuple(sorted(stops - {None}))
@@ -1253,8 +1255,7 @@ def check_model(lm: LM):
 def load_problems(source: str, split=None, limit=None, prefer: str = "train") -> list[Problem]:
     """Problems of a short name (SOURCES), a hub id, or a local .jsonl, .json, .csv, .parquet file.
     Columns: question | problem | prompt, and answer | solution, of which GSM8K's `#### 18` or the
-    last `\\boxed{}` is taken. split None: the one called `prefer`, or the only one there is.
-    Raises UserError naming the source and the row."""
+    last `\\boxed{}` is taken. No split: the one called `prefer`, or the only one there is."""
     try:
         rows = read_rows(source, split, prefer)[: limit or None]
     except Exception as error:  # each reader has failures of its own
@@ -1276,8 +1277,8 @@ def load_problems(source: str, split=None, limit=None, prefer: str = "train") ->
 def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
     kind = Path(source).suffix[1:]
     if kind == "jsonl":  # needs no package
-        lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
+        text = Path(source).read_text(encoding="utf-8-sig").strip()
+        return json.loads("[" + text.replace("\n", ",\n") + "]")  # its errors name the line
     import datasets  # slow to import
 
     if kind in ("json", "csv", "parquet"):
@@ -1291,11 +1292,11 @@ def read_rows(source: str, split: str | None, prefer: str) -> list[dict]:
 class Run:
     """The folder of a run: config.json, metrics.jsonl (a line a step), rollouts.jsonl (a group a
     step), checkpoints/, final/. Killed at any moment, a run goes on from its last checkpoint as if
-    nothing had happened. A folder has one writer: a new run makes it, a resumed one locks it."""
+    nothing had happened. It has one writer, who holds its lock; a new run makes the folder."""
 
     def __init__(self, config: Config, resume: bool):
         name = f"{Path(config.model).name}-b{config.transfer_weight:g}-seed{config.seed}"
-        self.folder = Path(config.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
+        self.folder = Path(config.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.config = dataclasses.replace(config, out=str(self.folder))
         self.signal = 0  # that asks us to stop
         self.tracker = __import__(config.track) if config.track else None
@@ -1323,7 +1324,7 @@ class Run:
         if not self.lock.is_locked:
             self.folder.mkdir(parents=True)
             self.lock.acquire()
-        for log in self.folder.glob("*.jsonl"):
+        for log in [*self.folder.glob("metrics.jsonl"), *self.folder.glob("rollouts.jsonl")]:
             lines = log.read_bytes().splitlines(keepends=True)
             steps = [re.match(rb'\{"step": (\d+),.*\n', line) for line in lines]  # None: torn
             kept = [step[0] for step in steps if step and int(step[1]) <= self.start]
@@ -1332,7 +1333,7 @@ class Run:
         partial.write_text(json.dumps(vars(self.config), indent=1))
         partial.replace(self.folder / "config.json")
         if self.tracker:  # by name (trackio) or id (wandb) a resumed run goes on
-            os.environ.setdefault("WANDB_RUN_ID", self.folder.name)
+            os.environ["WANDB_RUN_ID"] = self.folder.name
             self.tracker.init(project="rltr", name=self.folder.name, resume="allow")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note_signal)
@@ -1398,7 +1399,7 @@ def lap(metrics: dict, phase: str, rollouts: list[Rollout], start: float) -> flo
     sampled = sum(len(r.tokens) for r in rollouts)
     continued = sum(cut.continuation_length for r in rollouts for cut in r.cuts)
     tokens = continued if phase == "transfer" else sampled
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     now = time.perf_counter()
@@ -1437,7 +1438,7 @@ def summarize(rollouts: list[Rollout], config: Config) -> dict:
 
 
 def update_metrics(token_figures: list[torch.Tensor], norms: list[float], config: Config) -> dict:
-    """The metrics of step 8; none where all groups were dead or a gradient was not finite."""
+    """The metrics of step 8: few where all groups were dead, or a gradient was not finite."""
     metrics = {"skipped": sum(not math.isfinite(norm) for norm in norms)}
     if norms and not metrics["skipped"]:
         objective, entropy, log_rho = torch.cat(token_figures, dim=1).double()  # each [N]
@@ -1452,9 +1453,9 @@ def update_metrics(token_figures: list[torch.Tensor], norms: list[float], config
 
 def show_group(group: list[Rollout]) -> str:
     """A group to read: the problem, a rollout with its cuts and continuations, all the rewards."""
-    problem = group[0].problem
-    lines = [f"--- {problem.question} (answer {problem.answer})", group[0].text]
-    for cut in group[0].cuts:
+    first = group[0]
+    lines = [f"--- {first.problem.question} (answer {first.problem.answer})", first.text]
+    for cut in first.cuts:
         lines.append(f"--- cut at tau = {cut.tau:.2f}: {cut.prefix} >>|<< {cut.continuation}")
     for r in group:
         rewards = "  ".join(f"{name} {value:.2f}" for name, value in r.rewards.items())
@@ -1471,7 +1472,7 @@ def printable(text: str) -> str:
 
 # ==================================================================================== command line
 # May differ when a run is resumed, because they do not change its course.
-HARMLESS = {"resume", "out", "steps", "save_every", "show_every", "eval_data", "eval_k"}
+HARMLESS = {"resume", "steps", "save_every", "show_every", "eval_data", "eval_k"}
 HARMLESS |= {"track", "token_budget", "max_rows", "gradient_checkpointing", "offload"}
 
 
@@ -1531,13 +1532,14 @@ def run_command(name: str, function, argv: list[str] | None) -> int:
 
 def train_and_show(argv: list[str] | None):
     config, resume = parse_arguments(argv)
-    final = train(config, resume)
-    print(f"the trained model: {final}")
+    run = train(config, resume).parent
+    print(f"the trained model: {run}/final", flush=True)
     torch.cuda.empty_cache()  # for the processes that make a table, before and after, and a page
-    for script, *flags in (["eval.py", "--run"], ["tools/report.py"]):
+    page = ["tools/report.py", run, "-o", run / "report.html"]
+    for script, *flags in (["eval.py", "--run", run], page):
         path = Path(__file__).parent / script
         if path.exists() and (config.eval_data or script != "eval.py"):
-            subprocess.run([sys.executable, path, *flags, final.parent])
+            subprocess.run([sys.executable, path, *flags])
 
 
 def main(argv: list[str] | None = None) -> int:
