@@ -1027,8 +1027,8 @@ DIFFERENT = r"""
 HOSTILE = "\\ \x00 \ud800 ½ % $ @ # < ,, name:x 5unit:cm word:x ٣٤ %s%n{0} ][ }{ { } \\\\".split()
 HOSTILE += "9^{9^{9^{9^9}}} 99!!!!!! 10^10^10! 1e999999999 x!+y!+z! __import__('os')".split()
 HOSTILE += ["{" * 10**6, "(" * 10**6 + ")" * 10**6, "9" * 10**5, "(" * 49 + "5" + ")" * 49]
-REPEATED = r"""9^ 400!, - 1/ _ = \frac \sqrt{ (1, ±1 f(a) \begin{pmatrix} 1,000 a x< ⦃ x^99+ i^x+ √ |
-{ \tan x+ (-7.1)^{16000}+ \binom{x}{y} a,b,c,d,e, \text{ 5\text{m} 1+ <x \sin^{ ("""
+REPEATED = r"""9^ 400!, - 1/ _ = \frac \sqrt{ (1, ±1 f(a) \begin{pmatrix} 1,000 a x< ⦃ x^99+ i^x+
+√ | { \tan x+ (-7.1)^{16000}+ \binom{x}{y} a,b,c,d,e, \text{ 5\text{m} 1+ <x \sin^{ ("""
 HOSTILE += [text * (98 // len(text)) + "9" for text in REPEATED.split()]
 
 

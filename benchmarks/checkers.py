@@ -7,6 +7,7 @@ A case is a line {"gold", "response", "expected": true or false, "kind"}. Cases 
 left out (they need guessing where the answer stands); math-verify gets its default settings, both
 arguments as its documentation says, and ten seconds a case by its own time-out."""
 
+import argparse
 import importlib.metadata
 import json
 import logging
@@ -14,26 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-import common
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import rltr
 
 
 def read_cases(path: Path) -> list[dict]:
-    rltr.require(path.is_file(), f"{path}: no such file")
-    cases = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            case = json.loads(line)
-            texts = [case["gold"], case["response"]]
-            good = all(isinstance(text, str) for text in texts)
-            good = good and isinstance(case["expected"], bool)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            good = False
-        rltr.require(good, f"{path}: line {number} is not a case")
-        if case.get("kind") != "no_box":
-            cases.append(case)
+    with path.open(encoding="utf-8") as file:
+        cases = [json.loads(line) for line in file]
+    cases = [case for case in cases if case["kind"] != "no_box"]
     rltr.require(cases, f"{path}: holds no cases")
     return cases
 
@@ -75,7 +64,7 @@ def judge(name: str, check, cases: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = common.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", type=Path, help="a .jsonl of labelled cases")
     cases = read_cases(parser.parse_args(argv).cases)
     print(f"{len(cases)} cases\n")
@@ -91,4 +80,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(common.command_line("checkers", main))
+    sys.exit(rltr.run_command("checkers", main, sys.argv[1:]))

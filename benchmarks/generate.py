@@ -1,13 +1,14 @@
 """Useful tokens per second of rltr.generate against transformers, on the same work in one run.
 
+    python benchmarks/generate.py                        # the built-in task, no download
     python benchmarks/generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k
-    python benchmarks/generate.py --model "{tiny}"       # the built-in task, no download
 
 The work: groups of G completions a prompt, sampled at temperature 1 from the full softmax, ended by
 a full stop (so of ragged lengths) or by the length limit. A useful token is a sampled one up to and
 with the stop token; the padding that a batch drags along is not. Engines take turns, seed by seed,
 after one untimed round each. (benchmarks/gpu_check.py has the distance to the hardware's limit.)"""
 
+import argparse
 import statistics
 import sys
 import time
@@ -18,9 +19,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, str(Path(__file__).parent))
-import common
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import rltr
 
 
@@ -159,24 +158,20 @@ def table(results: dict) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = common.parser(__doc__)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default="gsm8k")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder or hub name; without it the built-in task")
+    parser.add_argument("--data", default="gsm8k", help="as in rltr.py")
     parser.add_argument("--prompt", default=rltr.PROMPT, help="with {question} in it")
-    parser.add_argument("--prompts", type=common.whole(1), default=8, help="problems a batch")
-    parser.add_argument("--group", type=common.whole(1), default=8, help="samples a problem")
-    parser.add_argument("--limit", type=common.whole(1), default=128, help="new tokens at most")
-    parser.add_argument("--seeds", type=common.whole(1), default=3, help="batches, a seed each")
+    parser.add_argument("--prompts", type=int, default=8, help="problems a batch")
+    parser.add_argument("--group", type=int, default=8, help="samples a problem")
+    parser.add_argument("--limit", type=int, default=128, help="new tokens at most")
+    parser.add_argument("--seeds", type=int, default=3, help="batches, a seed each")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=common.device, default=default_device)
+    parser.add_argument("--device", default=default_device)
+    if not parser.parse_args(argv).model:
+        parser.set_defaults(**rltr.TINY, limit=32)
     given = parser.parse_args(argv)
-    if given.model == "{tiny}":
-        tiny = rltr.make_tiny(0)
-        given.model, given.data = str(tiny / "generator"), str(tiny / "train.jsonl")
-        given.prompt = "{question}"
-        given.limit = min(given.limit, 32)
 
-    rltr.require("{question}" in given.prompt, "--prompt: {question} is missing in it")
     lm = rltr.load_lm(given.model, given.device)
     problems = rltr.load_problems(given.data, limit=given.prompts * given.seeds)
     needed = f"{given.data}: has {len(problems)} problems, not {given.prompts * given.seeds}"
@@ -200,4 +195,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(common.command_line("generate", main))
+    sys.exit(rltr.run_command("generate", main, sys.argv[1:]))

@@ -9,6 +9,7 @@ activations, logits. Not in it: the CUDA context (0.5 GiB) and what the allocato
 fragmentation; the table adds a tenth for that, and the bf16 weights of a receiver of the same
 size. The KV cache of sampling is gone by then; `max_rows` fits it to the memory that is free."""
 
+import argparse
 import contextlib
 import gc
 import sys
@@ -23,9 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parent))
-import common
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import rltr
 
 GIB = 2**30
@@ -74,7 +73,7 @@ def updates(size, rows, length, checkpointing, offload, device="cpu", count=None
     masters and moments."""
     model = make_model(size, device)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = rltr.MasterAdamW(model, 1e-6, 0.0, offload)
     if count is not None:  # a GPU's fused AdamW has no temporary tensors: leave out the CPU's
         optimizer.adam.register_step_pre_hook(lambda *_: count.watch(False))
@@ -185,12 +184,10 @@ def smallest_card(need: float) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = common.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="on this machine, a small shape")
-    parser.add_argument("--device", type=common.device, default="cpu", help="of --check")
-    parser.add_argument(
-        "--length", type=common.whole(8, 32768), default=2048, help="longest row, prompt included"
-    )
+    parser.add_argument("--device", default="cpu", help="of --check")
+    parser.add_argument("--length", type=int, default=2048, help="longest row, prompt included")
     given = parser.parse_args(argv)
     if given.check:
         settings = [(1, 512, False), (4, 256, False), (4, 256, True)]
@@ -216,4 +213,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(common.command_line("memory", main))
+    sys.exit(rltr.run_command("memory", main, sys.argv[1:]))

@@ -29,8 +29,8 @@ import filelock
 import mpmath
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-import common
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
 import make
 
 import eval as evaluation
@@ -71,7 +71,7 @@ GOAL = 0.8  # training accuracy, for the survival curve
 # ========================================================================= the task, and a control
 
 parity_problem = make.tiny_problem
-cut_anywhere = rltr.cut_rollouts
+cut_anywhere = rltr.cut_at
 
 
 def mod7_problem(source: random.Random, flaws: float = 0.0) -> tuple[str, str, str]:
@@ -88,23 +88,22 @@ def mod7_problem(source: random.Random, flaws: float = 0.0) -> tuple[str, str, s
     return question, f"{steps}\\boxed{{{steps[-1]}}}", str(truth)
 
 
-def cut_before_box(rollouts: list, generator: rltr.LM, taus):
+def cut_before_box(rollout: rltr.Rollout, generator: rltr.LM, tau: float) -> rltr.Cut:
     """Step 3 without leakage: tau is a share of what stands before the first box."""
     box = generator.tokenizer.convert_tokens_to_ids("\\boxed{")
-    for rollout, its_taus in zip(rollouts, taus, strict=True):
-        length = len(rltr.cut_prefix(rollout.tokens, 1.0, generator.stop_ids))
-        before = rollout.tokens.index(box) if box in rollout.tokens else length
-        cut_anywhere([rollout], generator, [its_taus * before / max(1, length)])
+    length = len(rltr.cut_prefix(rollout.tokens, 1.0, generator.stop_ids))
+    before = rollout.tokens.index(box) if box in rollout.tokens else length
+    return cut_anywhere(rollout, generator, tau * before / max(1, length))
 
 
 @contextlib.contextmanager
 def cutting(cut):
     """While a variant is trained; not while it is evaluated."""
-    rltr.cut_rollouts = cut
+    rltr.cut_at = cut
     try:
         yield
     finally:
-        rltr.cut_rollouts = cut_anywhere
+        rltr.cut_at = cut_anywhere
 
 
 # ============================================================================================ runs
@@ -168,8 +167,7 @@ def run(variant: str, seed: int, out: Path, steps: int, shipped: bool):
             flags = ["--resume", str(folder)]
         if not (folder / "final").exists():
             with cutting(cut_before_box if variant == "no_leak" else cut_anywhere):
-                code = rltr.main(flags)
-            rltr.require(code == 0, f"{folder}: rltr.py ended with exit code {code}")
+                rltr.train(*rltr.parse_arguments(flags))
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((folder / "config.json").read_text())
         report = {
@@ -417,17 +415,17 @@ def figure(results: dict, seeds: list[int], variants: list[str], path: Path):
 def main(argv: list[str] | None = None):
     main_ones = ["before", "rltr", "rlvr", "rlvr_10", "rlvr_16"]
     everything = ["before", *VARIANTS]
-    parser = common.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=seed_range, default=seed_range("100-139"), help="FROM-TO")
     parser.add_argument("--only", nargs="+", choices=everything, default=main_ones)
     parser.add_argument("--start", choices=("shipped", "own"), default="own")
     parser.add_argument("--task", choices=("parity", "mod7"), default="parity")
-    parser.add_argument("--steps", type=common.whole(1), default=150)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, help="default: runs/rltr-vs-rlvr-TASK")
     parser.add_argument("--tables", action="store_true", help="of what is there; run nothing")
     parser.add_argument("--read", type=Path, help="tables of what --csv wrote; run nothing")
-    parser.add_argument("--csv", type=common.output, help="write all results here")
-    parser.add_argument("--figure", type=common.output, help="draw curves here (with matplotlib)")
+    parser.add_argument("--csv", type=Path, help="write all results here")
+    parser.add_argument("--figure", type=Path, help="draw curves here (with matplotlib)")
     given = parser.parse_args(argv)
     shipped = given.start == "shipped"
     out = given.out or Path(f"runs/rltr-vs-rlvr-{given.start}-{given.task}")
@@ -469,4 +467,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(common.command_line("rltr_vs_rlvr", main))
+    sys.exit(rltr.run_command("rltr_vs_rlvr", main, sys.argv[1:]))

@@ -13,6 +13,7 @@ more with transformers' continuous batching.
            leaving out padding; the reward is the answer checker.
 The first step of each is left out."""
 
+import argparse
 import json
 import os
 import random
@@ -25,8 +26,9 @@ from pathlib import Path
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-import common
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
+import make
 
 import rltr
 
@@ -37,7 +39,8 @@ WORK = ("uniform", "ragged")
 def make_ragged(folder: Path):
     """The random model and its problems: one to five questions of the built-in task in one."""
     torch.manual_seed(0)
-    source, tokenizer = random.Random(0), rltr.tiny_tokenizer()
+    source = random.Random(0)
+    tokenizer = make.tiny_tokenizer()
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -53,7 +56,7 @@ def make_ragged(folder: Path):
     tokenizer.save_pretrained(folder / "generator")
     lines = []
     for _ in range(1000):
-        questions = [rltr.tiny_problem(source)[0] for _ in range(source.randint(1, 5))]
+        questions = [make.tiny_problem(source)[0] for _ in range(source.randint(1, 5))]
         lines.append(json.dumps({"question": "".join(questions), "answer": "1"}) + "\n")
     (folder / "train.jsonl").write_text("".join(lines))
 
@@ -62,7 +65,7 @@ def even(tokens: list[int]) -> float:
     return float(len(tokens) % 2 == 0)
 
 
-def score_lengths(rollouts: list[rltr.Rollout], config: rltr.Config):
+def score_lengths(rollouts: list[rltr.Rollout]):
     """The reward of the ragged work, in place of rltr.score_answers."""
     for rollout in rollouts:
         rollout.rewards["answer"] = even(rollout.tokens)
@@ -70,27 +73,23 @@ def score_lengths(rollouts: list[rltr.Rollout], config: rltr.Config):
 
 def our_steps(folder: Path, steps: int, longest: int, transfer: bool, out: Path) -> list[dict]:
     """The metrics of each step of rltr.py but the first."""
-    settings = {
-        "model": folder / "generator",
-        "receiver": folder / "receiver",
-        "data": folder / "train.jsonl",
-        "prompt": "{question}",
-        "max-new-tokens": longest,
-        "receiver-margin": 4,
-        "transfer-weight": int(transfer),
-        "format-weight": 0,
-        "lr": LR,
-        "steps": steps,
-        "save-every": 0,
-        "show-every": 0,
-        "device": "cpu",
-        "out": out,
-    }
-    flags = []
-    for name, value in settings.items():
-        flags += [f"--{name}", str(value)]
-    code = rltr.main(flags)
-    rltr.require(code == 0, f"rltr.py ended with exit code {code}")
+    config = rltr.Config(
+        model=str(folder / "generator"),
+        receiver=str(folder / "receiver"),
+        data=str(folder / "train.jsonl"),
+        prompt="{question}",
+        max_new_tokens=longest,
+        receiver_margin=4,
+        transfer_weight=float(transfer),
+        format_weight=0.0,
+        lr=LR,
+        steps=steps,
+        save_every=0,
+        show_every=0,
+        device="cpu",
+        out=str(out),
+    )
+    rltr.train(config)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return rows[1:]
 
@@ -207,8 +206,8 @@ def compare(name: str, folder: Path, steps: int, longest: int, out: Path) -> str
 
 
 def main(argv: list[str] | None = None):
-    parser = common.parser(__doc__)
-    parser.add_argument("--steps", type=common.whole(2), default=11, help="the first is left out")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=11, help="the first is left out")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
     given = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -222,8 +221,8 @@ def main(argv: list[str] | None = None):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if "uniform" in given.work:
-            tiny = rltr.make_tiny(0)
-            print(compare("uniform", tiny, given.steps, 32, folder / "uniform"), flush=True)
+            table = compare("uniform", rltr.TINY_FOLDER, given.steps, 32, folder / "uniform")
+            print(table, flush=True)
         if "ragged" in given.work:
             make_ragged(folder)
             rltr.score_answers = score_lengths
@@ -232,4 +231,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(common.command_line("step", main))
+    sys.exit(rltr.run_command("step", main, sys.argv[1:]))

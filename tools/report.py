@@ -1,7 +1,8 @@
 """One self-contained HTML page about one or several runs: curves, evaluations, attempts to read.
 
-    python benchmarks/report.py runs/A [runs/B ...] -o report.html
-    python benchmarks/report.py runs/A --eval evals/A/result.json     # and what eval.py has written
+    python tools/report.py runs/A                                # writes runs/A/report.html
+    python tools/report.py runs/A runs/B -o report.html
+    python tools/report.py runs/A --eval evals/A/result.json     # and what eval.py has written
 
 Runs that differ only in their seed share a curve (their mean) with a band (lowest to highest). No
 network, no scripts; the theme follows the reader's. A run that is still going can be looked at."""
@@ -30,19 +31,8 @@ EVALUATIONS = {
     "transfer@": "the receiver's right continuations",
 }
 # Settings by which no runs are told apart: seed, out, and rltr.HARMLESS without the steps.
-ALIKE = "seed save_every keep show_every eval_data eval_k out track "
+ALIKE = "seed save_every show_every eval_data eval_k out track "
 ALIKE += "token_budget max_rows gradient_checkpointing offload"
-
-# What the page reads of each file: see `take`.
-TEXT = (str,)
-NUMBER = (int, float)
-YES_OR_NO = (bool,)
-CONFIG = {"model": TEXT, "receiver": TEXT, "data": TEXT}
-CONFIG |= {"seed": NUMBER, "cuts": NUMBER, "transfer_weight": NUMBER}
-CUT = {"tau": NUMBER, "prefix": TEXT, "continuation": TEXT}
-CUT |= {"correct": YES_OR_NO, "overflow": YES_OR_NO}
-ROLLOUT = {"step": NUMBER, "problem": {"question": TEXT, "answer": TEXT}, "text": TEXT}
-ROLLOUT |= {"reward": NUMBER, "advantage": NUMBER, "rewards": {str: NUMBER}, "cuts": [CUT]}
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #5c5c5c; --line: #d8d8d8;
@@ -64,7 +54,7 @@ polygon { fill: currentColor; opacity: .18; } .dashed polyline { stroke-dasharra
 polyline { fill: none; stroke: currentColor; stroke-width: 2; stroke-linecap: round; }
 details { border-top: 1px solid var(--line); padding: .5em 0; } summary { cursor: pointer; }
 .try { background: var(--box); border-radius: 6px; padding: .6em .8em; margin: .8em 0; }
-pre { white-space: pre-wrap; margin: .3em 0; font: 14px/1.5 ui-monospace, monospace; }
+pre { white-space: pre-wrap; margin: .6em 0; font: 14px/1.5 ui-monospace, monospace; }
 .prefix { color: var(--c0); font-weight: 600; } .receiver { color: var(--c1); font-weight: 600; }
 .own, .cut { color: var(--soft); } .cut { border-left: 3px solid var(--c1); padding: 0 .35em;
   margin-left: .2em; font-size: .85em; white-space: nowrap; }
@@ -88,95 +78,63 @@ class PageError(Exception):
     """Something the user can put right."""
 
 
-def require(condition, message: str):
-    if not condition:
-        raise PageError(message)
-
-
 # ================================================================================== reading a run
-# Run folders may come from elsewhere and hold anything. The page sees only what `take` returns of
-# them: finite numbers where numbers belong, and texts, which `text` makes harmless.
+# Model text is untrusted, and so is whatever else a file says: it gets to the page by way of `text`
+# or as a formatted number.
 
 
-def take(value, shape):
-    """What of a value from a file has this shape, or None. A shape is a tuple of types; a record
-    {"name": shape}, which is there with all its names or not at all; a table {str: shape} or a list
-    [shape], which lose what does not fit.
-
-    >>> take({"x": 1, "y": "2"}, {"x": NUMBER}), take({"x": 1, "y": "2"}, {"y": NUMBER})
-    ({'x': 1}, None)
-    >>> take({"x": 1, "y": "2"}, {str: NUMBER}), take([True, float("nan"), 3], [NUMBER])
-    ({'x': 1}, [3])
-    """
-    if isinstance(shape, tuple):
-        good = type(value) in shape and (type(value) is str or abs(value) < 1e30)  # no NaN
-        return value if good else None
-    if type(value) is not type(shape):
-        return None
-    if isinstance(shape, list):
-        items = [take(item, shape[0]) for item in value]
-        return [item for item in items if item is not None]
-    if str in shape:
-        fields = {name: take(item, shape[str]) for name, item in value.items()}
-        return {name: item for name, item in fields.items() if item is not None}
-    record = {name: take(value.get(name), inner) for name, inner in shape.items()}
-    return None if None in record.values() else record
-
-
-def parse(content: bytes, shape):
-    """What of a JSON text has this shape, or None."""
-    try:
-        return take(json.loads(content), shape)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read(path: Path, shape):
-    require(path.is_file(), f"{path}: no such file")
-    value = parse(path.read_bytes(), shape)
-    require(value is not None, f"{path}: is not what rltr.py or eval.py writes there")
-    return value
-
-
-def read_lines(path: Path, shape) -> list:
-    """A value a line; damaged lines do not count, and the last one may still be written."""
-    require(path.is_file(), f"{path}: no such file; is this the folder of a run?")
-    with path.open("rb") as file:
-        values = [parse(line, shape) for line in file]
-    return [value for value in values if value is not None]
+def read_lines(path: Path) -> list[dict]:
+    """A record a line; damaged lines do not count, and the last one may still be written."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
 
 
 def read_run(folder: Path) -> dict:
-    metrics = read_lines(folder / "metrics.jsonl", {str: NUMBER})
-    metrics = [row for row in metrics if "step" in row]
-    require(metrics, f"{folder}: no step is finished yet")
-    config = read(folder / "config.json", CONFIG)
-    settings = {}
-    for name, value in read(folder / "config.json", {str: (str, int, float, bool)}).items():
-        # The folders of the built-in task carry the seed in their names.
-        settings[name] = str(value).replace(f"seed{config['seed']}", "seed")
+    metrics = read_lines(folder / "metrics.jsonl")
+    if not metrics:
+        raise PageError(f"{folder}: no step is finished yet")
+    evaluation = {}
     closing = folder / "evaluation.json"
+    if closing.exists():
+        for when, result in json.loads(closing.read_text()).items():
+            evaluation[when] = result.get("figures", result)
     return {
-        "config": config,
-        "settings": settings,
+        "config": json.loads((folder / "config.json").read_text()),
         "metrics": metrics,
-        "evaluation": read(closing, {str: {str: NUMBER}}) if closing.exists() else {},
-        "rollouts": read_lines(folder / "rollouts.jsonl", ROLLOUT),
+        "rollouts": read_lines(folder / "rollouts.jsonl"),
+        "evaluation": evaluation,
     }
 
 
 def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
-    """Label -> the runs that differ in nothing but their seed."""
-    shared = set.intersection(*(set(run["settings"].items()) for run in runs))
+    """Label -> the runs that differ in nothing but their seed (and what is in ALIKE)."""
+    names = set().union(*(run["config"] for run in runs)) - set(ALIKE.split())
+    different = []
+    for name in sorted(names - {"cuts", "transfer_weight"}):
+        if len({str(run["config"].get(name)) for run in runs}) > 1:
+            different.append(name)
     groups = {}
     for run in runs:
-        cuts, weight = run["config"]["cuts"], run["config"]["transfer_weight"]
-        label = f"RLTR, cuts = {cuts:g}, b = {weight:g}" if weight else "RLVR"
-        own = dict(run["settings"].items() - shared)
-        for name in sorted(own.keys() - {"cuts", "transfer_weight", *ALIKE.split()}):
-            label += f", {name} = {own[name]}"
+        config = run["config"]
+        label = "RLVR"
+        if config["transfer_weight"]:
+            label = f"RLTR, cuts = {config['cuts']}, b = {config['transfer_weight']:g}"
+        for name in different:
+            label += f", {name} = {config.get(name)}"
         groups.setdefault(label, []).append(run)
     return groups
+
+
+def is_number(value) -> bool:
+    """A metric may also be null, and what is not finite cannot be drawn."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 # ========================================================================================= charts
@@ -187,7 +145,7 @@ def smooth(rows: list[dict], name: str, width: int = 10) -> dict[float, float]:
     means = {}
     for end in range(1, len(rows) + 1):
         window = rows[max(0, end - width) : end]
-        known = [row[name] for row in window if name in row]
+        known = [row[name] for row in window if is_number(row.get(name))]
         if known:
             means[rows[end - 1]["step"]] = sum(known) / len(known)
     return means
@@ -306,8 +264,8 @@ def places(figures: dict[str, float], prefix: str) -> dict[float, float]:
     """
     found = {}
     for name, value in figures.items():
-        match = re.fullmatch(prefix + r"([1-9]\d{0,8}|0\.\d{0,8}[1-9])", name)
-        if match:
+        match = re.fullmatch(prefix + r"([1-9]\d*|0\.\d+)", name)
+        if match and is_number(value):
             found[float(match[1])] = value
     return found
 
@@ -320,19 +278,20 @@ def printable(words: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
 
 
-def text(words: str) -> str:
+def text(words) -> str:
     """Words for a page: markup and control characters are shown, not obeyed."""
-    return html.escape(printable(words))
+    return html.escape(printable(str(words)))
 
 
 def show_cut(rollout: dict, cut: dict) -> str:
-    prefix = cut["prefix"]
-    verdict = "right" if cut["correct"] else "does not fit" if cut["overflow"] else "wrong"
+    verdict = "right" if cut["correct"] else "wrong"
+    if cut["overflow"]:
+        verdict = "does not fit"
+    own = rollout["text"][len(cut["prefix"]) :]
     return (
-        f'<pre><span class="prefix">{text(prefix)}</span><span class="cut">cut at tau = '
-        f'{cut["tau"]:.2f}</span><span class="own">{text(rollout["text"][len(prefix) :])}</span>'
-        f'\nreceiver: <span class="receiver">{text(cut["continuation"])}</span> '
-        f"({verdict})</pre>"
+        f'<pre><span class="prefix">{text(cut["prefix"])}</span><span class="cut">cut at tau = '
+        f'{cut["tau"]:.2f}</span><span class="own">{text(own)}</span>\nreceiver: '
+        f'<span class="receiver">{text(cut["continuation"])}</span> ({verdict})</pre>'
     )
 
 
@@ -354,8 +313,11 @@ def show_rollouts(run: dict) -> str:
     for rollout in run["rollouts"]:
         steps.setdefault(rollout["step"], []).append(rollout)
     numbers = sorted(steps)
+    shown = set()
+    if numbers:
+        shown = {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
     parts = []
-    for step in sorted({*numbers[:1], *numbers[len(numbers) // 2 :][:1], *numbers[-1:]}):
+    for step in sorted(shown):
         problem = steps[step][0]["problem"]
         parts.append(
             f"<details{' open' if step == numbers[-1] else ''}><summary>Step {step:.0f}: "
@@ -369,14 +331,33 @@ def show_rollouts(run: dict) -> str:
 
 
 def what_happened(label: str, runs: list[dict]) -> str:
+    """The figures of a curve in a sentence."""
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
     words = f"<b>{text(label)}</b>: {len(runs[0]['metrics'])} steps, {seeds}"
     for name, subject in (("accuracy", "right answers"), ("transfer", "right continuations")):
         points = curve([smooth(run["metrics"], name) for run in runs])
         if points:
-            first = points[min(9, len(points) - 1)]
+            first = points[min(9, len(points) - 1)]  # the first mean of ten steps
             words += f", {subject} from {first[1]:.0%} to {points[-1][1]:.0%}"
+    evaluations = [run["evaluation"] for run in runs if run["evaluation"]]
+    if evaluations:
+        before = sum(figures["before"]["accuracy"] for figures in evaluations) / len(evaluations)
+        after = sum(figures["after"]["accuracy"] for figures in evaluations) / len(evaluations)
+        words += f"; on held-out problems right answers from {before:.0%} to {after:.0%}"
     return f"<p>{words}.</p>"
+
+
+def title(runs: list[dict]) -> str:
+    config = runs[0]["config"]
+    words = f"{short(config['model'])} on {short(config['data'])}"
+    if any(run["config"]["transfer_weight"] for run in runs):
+        words += f", receiver {short(config['receiver'])}"
+    return f"<h1>RLTR: {text(words)}</h1>"
+
+
+def short(path: str) -> str:
+    """tiny/generator of /home/me/tiny/generator."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def page(runs: list[dict], results: dict[str, dict]) -> str:
@@ -389,10 +370,8 @@ def page(runs: list[dict], results: dict[str, dict]) -> str:
     for number, label in enumerate(evaluated):
         line = f'<i style="color: var(--c{number % 5})"></i>'
         keys.append(f"<span>{line}{text(label)}</span>")
-    config = runs[0]["config"]
-    named = [text(Path(config[name]).name) for name in ("model", "data", "receiver")]
     parts = [
-        "<h1>RLTR: {} on {}, receiver {}</h1>".format(*named),
+        title(runs),
         INTRODUCTION,
         *(what_happened(label, group) for label, group in groups.items()),
         f'<h2>Training</h2><p class="legend">{"".join(keys[: len(groups)])}</p>',
@@ -417,36 +396,29 @@ def page(runs: list[dict], results: dict[str, dict]) -> str:
 
 
 def write_page(runs: list[Path], output: Path, evaluations: list[Path] = ()):
-    """The page of these run folders and result.json of eval.py. A file `output` is replaced when
-    the page is complete; what else is there (a folder, a device) stays."""
-    require(output.is_file() or not output.exists(), f"{output}: is there, and not a file")
-    results = {}
-    for path in evaluations:
-        results[str(path)] = read(path, {"figures": {str: NUMBER}})["figures"]
+    """The page of these run folders and of these result.json of eval.py."""
+    results = {str(path): json.loads(path.read_text())["figures"] for path in evaluations}
     content = page([read_run(folder) for folder in runs], results)
-    partial = output.with_name(output.name + ".partial")
-    # In pure ASCII, whatever the encoding of this machine.
-    partial.write_bytes(content.encode("ascii", "xmlcharrefreplace"))
-    partial.replace(output)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise PageError(message)  # one line, not a manual
+    output.write_text(content, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--eval", nargs="+", type=Path, default=[], help="result.json of eval.py")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"))
+    parser.add_argument("-o", "--output", type=Path, help="default: report.html in the first run")
+    given = parser.parse_args(argv)
+    output = given.output or given.runs[0] / "report.html"
     try:
-        given = parser.parse_args(argv)
-        write_page(given.runs, given.output, given.eval)
+        write_page(given.runs, output, given.eval)
+        print(f"a page to look at: {output}")
+        return 0
     except (PageError, OSError) as error:
-        print("report: " + printable(" ".join(str(error).split())), file=sys.stderr)
-        return 2
-    return 0
+        message = str(error)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        message = f"not what rltr.py and eval.py write: {error!r}"
+    print("report: " + printable(message), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
