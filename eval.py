@@ -13,8 +13,7 @@ Of a problem with gold answer g there are n completions y_i with answers a_i = a
     Pass@k     1 - C(n - c, k) / C(n, k)          c of the n are right
     transfer   1[answer(y[:tau |y|] + z) = g]     z: how the receiver goes on from there
     leak       1[y[:tau |y|] has a boxed answer]  overflow: it is too long for the receiver
-
-Start reading at `evaluate`: it makes a record of each problem, and `score` makes figures of them.
+Start at `evaluate`: it makes a record of each problem, and `score` makes figures of them.
 """
 
 # /// script
@@ -27,7 +26,7 @@ import os
 import re
 import sys
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import comb
@@ -50,9 +49,7 @@ Maj@k: 1 < k < n is a mean over 1,000 subsets without replacement. Pass@k: unbia
 
 
 @dataclass
-class Settings(Config):
-    """Evaluation uses a few settings of training, some with another default, and has its own."""
-
+class Settings(Config):  # a few settings of training are used, some with another default
     model: str = option("", "folder or hub name of the model to evaluate")
     run: str = option("", "folder of a run of rltr.py: its model before and after training")
     samples: str = option("", "file of completions to score instead of a model's")
@@ -70,12 +67,10 @@ class Settings(Config):
 FLAGS = "model run samples data split limit k out prompt max_new_tokens temperature receiver "
 FLAGS += "transfer_samples receiver_temperature receiver_margin fallback seed max_rows device"
 
+
 # ===================================================================================== evaluating
-
-
 def evaluate(settings: Settings) -> dict:
     """Sample k completions of each problem; let the receiver, if there is one, go on from cuts.
-
     Completion i of a chunk is a function of (seed, the chunk's first problem, i). Whole chunks that
     an interrupted evaluation has left in the folder `out` serve again."""
     problems = rltr.load_problems(settings.data, settings.split, settings.limit, prefer="test")
@@ -97,7 +92,6 @@ def evaluate(settings: Settings) -> dict:
 
 def sample_chunk(generator, receiver, tasks, first: int, settings: Settings) -> list[dict]:
     """Records of some problems, of which the first has the number `first`: all that figures need.
-
     Tasks are pairs of a problem and its prompt in token ids."""
     config = replace(settings, group=settings.k)
     rollouts = rltr.sample_rollouts(generator, tasks, config, (rltr.EVALUATION, first))
@@ -126,8 +120,7 @@ def stored_records(settings: Settings, tasks, size: int) -> list[dict]:
     log = folder / "completions.jsonl"
     # What decides on the completions. The checksum speaks for the data and for the tokenizer.
     checksum = zlib.crc32(repr(tasks).encode())
-    identity = dict(vars(settings), out="", max_rows=0, fallback=False, tasks=checksum)
-    identity = json.dumps(identity, indent=1)
+    identity = json.dumps(dict(vars(settings), out="", max_rows=0, fallback=False, tasks=checksum))
     if not log.exists():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(identity)
@@ -155,8 +148,7 @@ def before_and_after(settings: Settings):
 
 
 # ===================================================================================== statistics
-# Training reads boxes only. `fallback` also reads, of a text without one, what follows "answer is"
-# or "A:" near its end, else the last formula or number there.
+# Without a box `fallback` reads what follows "answer is" or "A:", else the last formula or number.
 equal = lru_cache(10_000)(answers_equal)
 FALLBACKS = (
     r"(?:[Aa]nswer(?: is|:)+|^A:) *(\$[^$\n]+\$|\\\(.+?\\\)|-?\$?\d[\d,]*(?:\.\d+)?|\w+(?=\.?$))",
@@ -166,7 +158,6 @@ FALLBACKS = (
 
 def is_correct(text: str, gold: str, fallback: bool = True) -> bool:
     """Whether the final answer in a completion equals the gold answer.
-
     >>> is_correct("5 + 7 = 12 apples", "12"), is_correct("12 apples", "12", fallback=False)
     (True, False)
     """
@@ -202,10 +193,9 @@ def score(records, settings: Settings) -> dict:
 
 
 def score_problem(record: dict, ks, fallback: bool) -> dict:
-    """All figures of one problem, under the names that the report uses."""
     gold = record["answer"]
     answers = [read_answer(text, fallback) for text in record["completions"]]
-    is_right = [is_correct(text, gold, fallback) for text in record["completions"]]
+    is_right = [answer is not None and equal(answer, gold) for answer in answers]
     figures = {"accuracy": mean(is_right), "answered": mean(a is not None for a in answers)}
     for name in ("finished", "tokens"):
         if name in record:  # completions from elsewhere are texts alone
@@ -224,28 +214,45 @@ def score_problem(record: dict, ks, fallback: bool) -> dict:
     return {"problem": record["problem"], "figures": figures}
 
 
+def classes_of(answers: list) -> np.ndarray:
+    """Equal answers get the same number, from 1 on; no answer is 0.
+    >>> classes_of(["7", "1,000", None, "7", "1000"]).tolist()
+    [1, 2, 0, 1, 2]
+    """
+    firsts = []  # of each class
+    number_of = {None: 0}
+    for answer in dict.fromkeys(answers):
+        if answer is not None:
+            equals = [number for number, first in enumerate(firsts, 1) if equal(first, answer)]
+            if not equals:
+                firsts.append(answer)
+            number_of[answer] = equals[0] if equals else len(firsts)
+    return np.array([number_of[answer] for answer in answers])
+
+
 def majority_vote(answers: list) -> str | None:
     """The answer with most votes, of several the first. Equal answers vote together, None never.
-
     >>> majority_vote(["7", "1,000", None, None, "1000"])
     '1,000'
     """
-    votes = Counter()
-    for answer in answers:
-        if answer is not None:
-            equals = [first for first in votes if equal(first, answer)]
-            votes[[*equals, answer][0]] += 1  # one of the first of its kind, or the first itself
-    return max(votes, key=votes.get, default=None)  # of several the first: the order is kept
+    return answers[winners(classes_of(answers)[None])[0]] if answers else None
+
+
+def winners(classes: np.ndarray) -> np.ndarray:
+    """Votes by class, [S, k] -> the place of the winner in each; of equals the first. [S]"""
+    votes = (classes[:, :, None] == classes[:, None, :]).sum(axis=2)  # [S, k]: for its own class
+    return np.where(classes > 0, votes, 0).argmax(axis=1)
 
 
 def maj_at_k(answers: list, gold: str, k: int) -> float:
     """Maj@k = mean over subsets S of k answers (None: no answer) of 1[majority_vote(a_S) = gold].
-
     >>> maj_at_k(["3", "4", None, "3"], "3", 4), maj_at_k(["3", "4", None, "3"], "3", 1)
     (1.0, 0.5)
     """
-    votes = [majority_vote([answers[i] for i in subset]) for subset in subsets(len(answers), k)]
-    return mean(vote is not None and equal(vote, gold) for vote in votes)
+    right = np.array([answer is not None and equal(answer, gold) for answer in answers])
+    chosen = np.array(subsets(len(answers), k))  # [S, k]
+    places = winners(classes_of(answers)[chosen])
+    return right[chosen[range(len(chosen)), places]].mean().item()
 
 
 @lru_cache(maxsize=64)
@@ -259,9 +266,7 @@ def subsets(n: int, k: int):
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Pass@k = 1 - C(n - c, k) / C(n, k): some of k completions is right, if c of n are.
-
     The difference is taken in whole numbers, so nothing cancels and nothing overflows.
-
     >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(10_000, 1, 1)
     (0.25, 0.5, 0.0001)
     """
@@ -269,13 +274,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def figure_table(rows, names):
-    """M figures of P problems: [P, M]."""
-    return np.array([[row["figures"][name] for name in names] for row in rows])
+    return np.array([[row["figures"][name] for name in names] for row in rows])  # [P, M]
 
 
 def bootstrap(values):
     """How sure are the means of M figures over P problems? values: [P, M].
-
     Draws P problems with replacement, again and again. Returns the 95 % intervals of the means
     [M, 2] and, for values that are differences, p = 2 min(P[mean <= 0], P[mean >= 0]) [M]."""
     count = len(values)
@@ -304,8 +307,7 @@ def compare_results(before: dict, after: dict, names) -> str:
 
 
 def report(result: dict) -> str:
-    """The table of a result. Figures of the same k or tau share a line."""
-    lines = {}  # k, tau or name -> line
+    lines = {}  # figures of the same k or tau share one
     for name, (low, high) in result["intervals"].items():
         cell = f"{name:<13}{result['figures'][name]:8.3f} [{low:.3f}, {high:.3f}]"
         key = name.partition("@")[2] or name
@@ -315,8 +317,6 @@ def report(result: dict) -> str:
 
 
 # =================================================================================== command line
-
-
 def run(argv):
     settings = parse_arguments(argv)
     if settings.compare:

@@ -1787,7 +1787,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n, c):
         exact = np.mean([min(s) < c for s in itertools.combinations(range(n), k)])
         assert pass_at_k(n, c, k) == pytest.approx(exact, abs=1e-15)
     assert pass_at_k(n, c, 1) == c / n and 0 < pass_at_k(100_000, 1, 3) < 3.1e-5
-    assert doctest.testmod(evaluation) == (0, 4)  # the examples
+    assert doctest.testmod(evaluation) == (0, 5)  # the examples
 
 
 WITHOUT_A_BOX = r"""The answer is 12, say 7 of 9.
