@@ -451,12 +451,12 @@ def main(argv: list[str] | None = None):
     if {"before", "rltr", "rlvr"} <= set(results):
         complete = [set(results[variant]) for variant in ("before", *variants)]
         seeds = sorted(set.intersection(*complete))
-    if seeds:
+    if not seeds or set(results) - {"before", *MAIN}:
+        print("\n".join(["", *ablation_table(results)]))
+    else:
         print("\n".join(["", *main_table(results, seeds, variants)]))
         print("\n".join(["", *cost_table(results, seeds, variants)]))
         print("\n".join(catching_up(results, seeds, variants)))
-    if not seeds or set(results) - {"before", *MAIN}:
-        print("\n".join(["", *ablation_table(results)]))
     if given.figure:
         rltr.require(seeds, "no seed has all variants")
         drawable = all(
