@@ -1495,7 +1495,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, bool]:
     if given.resume:
         saved = json.loads(Path(given.resume, "config.json").read_text()) | {"out": given.resume}
     elif not given.model:
-        require(TINY_FOLDER.is_dir(), "no tiny/ beside this file: --model, --receiver and --data")
+        require(TINY_FOLDER.is_dir(), "no tiny/ beside this file: give --model, --receiver, --data")
         parser.set_defaults(**TINY)
     parser.set_defaults(**saved)
     settings = vars(parser.parse_args(argv))
