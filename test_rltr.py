@@ -801,6 +801,16 @@ def test_attention_that_we_would_compute_wrongly_is_refused(kind):
         rltr.check_model(lm_of(tiny(kind, **NOT_SERVED[kind])))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_failing_device_is_not_taken_for_a_model_that_is_not_served(error, monkeypatch):
+    def fail(*_, **__):
+        raise error("no memory")
+
+    monkeypatch.setattr(rltr, "generate", fail)
+    with pytest.raises(error):
+        rltr.check_model(lm_of(tiny()))
+
+
 def test_frozen_weights_as_under_an_adapter_are_refused(tmp_path, monkeypatch):
     model = tiny(vocab_size=260)
     name = saved(tmp_path, model)
