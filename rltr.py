@@ -666,9 +666,9 @@ class Sampler:
         groups = [list(g) for _, g in itertools.groupby(rows, lambda row: id(self.prompts[row]))]
         while groups and len(self.prompts[groups[0][0]]) > 1:
             count = max(1, PREFILL_TOKENS // (len(self.prompts[groups[0][0]]) - 1))
-            ids = [torch.tensor(self.prompts[rows[0]][:-1]).long() for rows in groups[:count]]
+            ids = [torch.tensor(self.prompts[group[0]][:-1]).long() for group in groups[:count]]
             ids = pad_sequence(ids, batch_first=True).to(self.row.device)  # [B, T]
-            copies = [place for place, rows in enumerate(groups[:count]) for _ in rows]
+            copies = [place for place, group in enumerate(groups[:count]) for _ in group]
             copies = torch.tensor(copies, device=ids.device)  # the place in ids, for each slot
             attend = functools.partial(self.attend_in_prompts, slot, copies)
             self.model.base_model(input_ids=ids, use_cache=False, attend=attend)
